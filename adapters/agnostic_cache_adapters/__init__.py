@@ -1,0 +1,1 @@
+"""Adapters of agnostic-cache: one module per framework. Importing one imports its framework."""

@@ -1,0 +1,649 @@
+"""StateCache: states under keys of one's own, within a budget of bytes, freed the moment they leave and nobody reads them.
+
+Requirements that shape it: accounting is exact after any sequence of calls, failed ones included; no lock is held during a
+copy, a device call or a callback; an entry that is borrowed is never freed under its reader.
+"""
+
+import os
+import threading
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from agnostic_cache.cache import Cache
+from agnostic_cache.errors import (
+    BorrowedError,
+    BorrowViolationError,
+    CacheCopyError,
+    InvalidKeyError,
+    UnknownPolicyError,
+)
+from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.sizes import parse_size
+from agnostic_cache.state.adapter import Adapter, Storage
+from agnostic_cache.state.kv_state import KVState
+from agnostic_cache.state.ledger import Ledger
+from agnostic_cache.state.wrapping import adopt
+from agnostic_cache.trace import Trace
+
+Key = str | int | bytes | tuple[Any, ...]
+"""A key: a str, int or bytes, or a tuple of keys."""
+
+
+class StateCacheStats(NamedTuple):
+    """What a `StateCache` holds and did. Sizes in bytes, the rest counts.
+
+    Attributes:
+        entries: Entries that can be found.
+        current_bytes: Physical bytes of them and of what is deferred, each byte once.
+        listed_bytes: Of these, bytes of entries that can be found.
+        deferred_bytes: Of these, bytes that left the listing and are still borrowed.
+        borrowed_bytes: Bytes of entries that somebody borrows now.
+        shared_bytes: Bytes that outstanding forks handed out by `get` keep alive too; an eviction leaves them to the fork.
+        hits: Lookups that found their key.
+        misses: Lookups that did not.
+        puts: Values taken in.
+        refused: Values that did not fit.
+        evictions: Entries that left to make room.
+    """
+
+    entries: int
+    current_bytes: int
+    listed_bytes: int
+    deferred_bytes: int
+    borrowed_bytes: int
+    shared_bytes: int
+    hits: int
+    misses: int
+    puts: int
+    refused: int
+    evictions: int
+
+
+_Errors = list[BaseException]
+"""What callbacks raised, to be raised when the operation is done."""
+
+
+class _Entry:
+    """One state in the cache. Guarded by the cache's lock, but for `state` itself, which never changes."""
+
+    __slots__ = ("as_state", "borrows", "key", "listed", "pins", "shares", "state", "storages")
+
+    def __init__(self, key: Key, state: KVState, storages: list[Storage], *, as_state: bool) -> None:
+        self.key = key
+        self.state = state
+        self.storages = storages
+        self.as_state = as_state  # a KVState was put: hand KVStates out
+        self.borrows = 0
+        self.pins = 0
+        self.listed = False
+        self.shares = False  # is handed out, but other entries hold some of its arrays too
+
+
+class StateCache(Cache):
+    """A bounded cache of model states that owns what it keeps.
+
+    >>> cache = StateCache("1MiB")
+    >>> from agnostic_cache.state.host import HostArray
+    >>> from agnostic_cache.state.dtypes import Dtype
+    >>> cache.put("greeting", {"key": HostArray.empty((1, 8, 4), Dtype.FLOAT32)})
+    <PutStatus.LEGAL: 1>
+    >>> with cache.borrow("greeting") as state:
+    ...     state["key"].shape
+    (1, 8, 4)
+    >>> cache.current_bytes
+    128
+
+    Native in, native out: `put` takes a native value or a `KVState`, and the other methods hand back the type that was
+    put. Safe to use from several threads. In a forked child the cache is empty and frees nothing.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int | str | Mapping[str, int | str],
+        *,
+        evictor: str = "lru",
+        on_evict: Callable[[Any], object] | None = None,
+        adapter: Adapter | str | None = None,
+        trace: Trace | None = None,
+        debug: bool = False,
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            max_bytes: Budget of physical bytes, such as ``"4GiB"``; a mapping gives one per device name, and a device
+                that it does not name has no limit.
+            evictor: Eviction policy by name: ``"lru"``.
+            on_evict: Called with each native value that leaves (by eviction, `remove`, `clear` or overwriting) once nobody
+                borrows it, instead of the owning adapter's release; the value is then the callback's to free. When it
+                raises, the operation completes, other victims leave too, and the error reaches the caller; several
+                come as one ``BaseExceptionGroup``.
+            adapter: Adapter, or name of one; by default that of each value's first array.
+            trace: Hook that is told of puts, evictions and releases.
+            debug: Check at the end of each borrow that the borrower neither wrote, donated nor deleted. Slow: reads every
+                byte.
+
+        Raises:
+            InvalidSizeError: `max_bytes` is no size.
+            UnknownPolicyError: `evictor` is none of the house.
+        """
+        budgets: Mapping[Any, int | str] = max_bytes if isinstance(max_bytes, Mapping) else {None: max_bytes}
+        self._limits: dict[str | None, int] = {device: parse_size(size) for device, size in budgets.items()}
+        if evictor != "lru":
+            msg = f"evictor={evictor!r} is unknown; known: 'lru'"
+            raise UnknownPolicyError(msg)
+        self._on_evict = on_evict
+        self._adapter = adapter
+        self._trace = trace
+        self._debug = debug
+        self._start()
+        _caches.add(self)
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # oldest first
+        self._unlisted: set[_Entry] = set()  # left the listing, still borrowed
+        self._ledger = Ledger()  # holds: one holder per entry of _entries and _unlisted
+        self._reserved: dict[str, int] = {}  # promised to copies that are being made, per device
+        self._releasing: dict[str, int] = {}  # dropped from the ledger, not freed yet, per device: no room yet
+        self._abandoned: deque[_Entry] = deque()  # borrows that were garbage-collected; appended without the lock
+        self._orphans: list[tuple[int, Callable[[], bool]]] = []  # evicted storages that forks keep: (size, alive)
+        self._hits = self._misses = self._puts = self._refused = self._evictions = 0
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    def put(self, key: Key, value: Any, *, move: bool = False) -> PutStatus:
+        """Take `value` in under `key`, in place of what is there, and make room for it.
+
+        Args:
+            key: A str, int, bytes or tuple of these.
+            value: A native state or a `KVState`. Copied: the cache owns a compact private copy, and the copy is the only
+                extra memory at any time.
+            move: Take the value itself instead of a copy; the caller gives it up and must not use it again.
+
+        Returns:
+            ``LEGAL``, or ``ILLEGAL`` where it is larger than the budget or where what could leave is borrowed or pinned:
+            then nothing changed and the caller still owns the value.
+
+        Raises:
+            InvalidKeyError: `key` is no key.
+            AgnosticCacheError: The value cannot be kept; see `wrap`. The cache is as it was.
+        """
+        _check_key(key)
+        as_state = isinstance(value, KVState)
+        state: KVState = value if as_state else adopt(value, adapter=self._adapter)
+        if as_state:
+            state.leaves  # noqa: B018 - raises where it is gone
+        errors = self._drain()
+        take = self._move_in if move else self._copy_in
+        entry = take(key, state, errors, as_state=as_state)
+        if entry is not None and self._trace is not None:
+            self._trace("state_cache.put", {"key": key, "nbytes": _nbytes(entry.storages), "moved": move})
+        _raise_all(errors)
+        return PutStatus.LEGAL if entry is not None else PutStatus.ILLEGAL
+
+    def _move_in(self, key: Key, state: KVState, errors: _Errors, *, as_state: bool) -> _Entry | None:
+        storages = state.storages()
+        with self._lock:
+            self._ledger.add(storages)
+            leaving = self._make_room(key)
+            if leaving is None:
+                self._ledger.drop(storages)
+                return None
+            entry = _Entry(key, state.move(), storages, as_state=as_state)
+            self._list(entry)
+        self._evict(leaving, key, errors)
+        return entry
+
+    def _copy_in(self, key: Key, state: KVState, errors: _Errors, *, as_state: bool) -> _Entry | None:
+        sizes = state.compact_nbytes()
+        with self._lock:
+            _add(self._reserved, sizes, 1)
+            leaving = self._make_room(key)
+            if leaving is None:
+                _add(self._reserved, sizes, -1)
+                return None
+        try:
+            self._evict(leaving, key, errors)
+            copied = state.copy()
+            entry = _Entry(key, copied, copied.storages(), as_state=as_state)
+        except BaseException as error:  # noqa: BLE001 - also an interrupt; raised with what callbacks raised
+            with self._lock:
+                _add(self._reserved, sizes, -1)
+            errors.append(error)
+            return None
+        with self._lock:
+            _add(self._reserved, sizes, -1)
+            overtaken = self._unlist(key)  # another thread may have put the same key meanwhile
+            self._ledger.add(entry.storages)
+            self._list(entry)
+        self._free(overtaken, errors)
+        return entry
+
+    def _list(self, entry: _Entry) -> None:
+        entry.listed = True
+        self._entries[entry.key] = entry
+        self._puts += 1
+
+    def _over(self, device: str | None) -> int:
+        """Bytes above a limit, with what is reserved and what is being freed."""
+        if device is None:
+            used = self._ledger.total + sum(self._reserved.values()) + sum(self._releasing.values())
+        else:
+            parts = (self._ledger.by_device, self._reserved, self._releasing)
+            used = sum(part.get(device, 0) for part in parts)
+        return used - self._limits[device]
+
+    def _make_room(self, key: Key) -> list[_Entry] | None:
+        """Unlist what must leave so that the budget holds, the entry under `key` first; None where it cannot.
+
+        The newcomer is already counted. Decides first, then acts, so that a refusal changes nothing.
+        """
+        old = self._entries.get(key)
+        chosen: dict[_Entry, bool] = {}  # who leaves, and whether that takes it off the ledger
+        if old is not None:
+            chosen[old] = not old.borrows
+            if not old.borrows:
+                self._ledger.drop(old.storages)
+        fits = True
+        for device in self._limits:
+            for entry in self._entries.values():
+                if self._over(device) <= 0:
+                    break
+                if entry.borrows or entry.pins or entry in chosen:
+                    continue
+                if device is not None and all(storage.device != device for storage in entry.storages):
+                    continue
+                self._ledger.drop(entry.storages)
+                chosen[entry] = True
+            fits = fits and self._over(device) <= 0
+        for entry, dropped in chosen.items():  # _unlist drops them again, and says what is to be freed
+            if dropped:
+                self._ledger.add(entry.storages)
+        if not fits:
+            self._refused += 1
+            return None
+        self._evictions += len(chosen) - (old is not None)
+        return [left for entry in chosen for left in self._unlist(entry.key)]
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def get(self, key: Key) -> Any | None:
+        """Return a state that is yours to mutate, donate and delete, or None where `key` is not there.
+
+        It is a copy; or, where the structure never writes in place (Hugging Face dynamic layers), a fork that shares
+        memory without ever being seen to change. Makes the entry the newest.
+        """
+        entry = self._acquire(key)
+        if entry is None:
+            return None
+        try:
+            forked = entry.state.fork()
+            return forked if entry.as_state else forked.unwrap()
+        finally:
+            self._give_back(entry)
+
+    def borrow(self, key: Key, *, raw: bool = False) -> "Borrow":
+        """Lend the state for the length of a ``with`` block: the native type in fresh containers, arrays shared.
+
+        Do not donate, delete or write the arrays. The entry is not freed before the block ends. In the block the value is
+        None where `key` is not there.
+
+        Args:
+            key: The key.
+            raw: Give a `KVState` that raises `ReleasedError` after the block, and build no containers.
+        """
+        return Borrow(self, key, raw=raw)
+
+    def pop(self, key: Key) -> Any | None:
+        """Take the state out without releasing it: it is the caller's. None where `key` is not there.
+
+        Raises:
+            BorrowedError: Somebody borrows it; it stays.
+        """
+        _check_key(key)
+        _raise_all(self._drain())
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            if entry.borrows:
+                msg = f"pop({key!r}): {entry.borrows} borrow(s) are open; close them first, or use remove()"
+                raise BorrowedError(msg)
+            del self._entries[key]
+            entry.listed = False
+            alone = self._ledger.drop(entry.storages)
+            if len(alone) < len(entry.storages):
+                self._keep_for_others(entry)
+            self._hits += 1
+        return self._hand_out(entry)
+
+    def remove(self, key: Key) -> bool:
+        """Unlist the entry at once and release it, on the last return where somebody borrows it.
+
+        Returns:
+            Whether it was there.
+        """
+        _check_key(key)
+        errors = self._drain()
+        with self._lock:
+            found = key in self._entries
+            leaving = self._unlist(key)
+        self._free(leaving, errors)
+        _raise_all(errors)
+        return found
+
+    def clear(self) -> None:
+        """Do `remove` to every entry, pinned ones included."""
+        errors = self._drain()
+        with self._lock:
+            leaving = [entry for key in list(self._entries) for entry in self._unlist(key)]
+        self._free(leaving, errors)
+        _raise_all(errors)
+
+    # --- keeping -----------------------------------------------------------------------------------------------------
+
+    def contains(self, key: Key) -> bool:
+        """Say whether `key` is there, without making it newer."""
+        _check_key(key)
+        with self._lock:
+            return key in self._entries
+
+    def pin(self, key: Key) -> bool:
+        """Keep the entry from being evicted until as many `unpin`. Returns whether it is there."""
+        return self._pin(key, 1)
+
+    def unpin(self, key: Key) -> bool:
+        """Take one `pin` back. Returns whether the entry is there."""
+        return self._pin(key, -1)
+
+    def _pin(self, key: Key, step: int) -> bool:
+        _check_key(key)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.pins = max(0, entry.pins + step)
+            return entry is not None
+
+    def current_size(self) -> int:
+        """Return the number of entries."""
+        return len(self._entries)
+
+    @property
+    def current_bytes(self) -> int:
+        """Physical bytes of the entries and of what is deferred, each byte once."""
+        _raise_all(self._drain())
+        return self._ledger.total
+
+    def stats(self) -> StateCacheStats:
+        """Return what the cache holds and did. Linear in the number of entries and arrays; other threads wait meanwhile."""
+        _raise_all(self._drain())
+        with self._lock:
+            entries = self._entries.values()
+            total, listed = self._ledger.total, _unique_nbytes(entries)
+            borrowed = _unique_nbytes(entry for entry in (*entries, *self._unlisted) if entry.borrows)
+            self._orphans = [(nbytes, alive) for nbytes, alive in self._orphans if alive()]
+            shared = sum(entry.state.shared_nbytes() for entry in entries) + sum(nbytes for nbytes, _ in self._orphans)
+            counts = (self._hits, self._misses, self._puts, self._refused, self._evictions)
+            return StateCacheStats(len(entries), total, listed, total - listed, borrowed, shared, *counts)
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def _acquire(self, key: Key) -> _Entry | None:
+        _check_key(key)
+        if self._abandoned:
+            _raise_all(self._drain())
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            self._entries.move_to_end(key)
+            entry.borrows += 1
+            self._hits += 1
+            return entry
+
+    def _give_back(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.borrows -= 1
+            if entry.listed or entry.borrows or entry not in self._unlisted:
+                return
+            self._unlisted.discard(entry)
+            self._count_leaving(entry)
+        errors: _Errors = []
+        self._free([entry], errors)
+        _raise_all(errors)
+
+    def _drain(self) -> _Errors:
+        """Give back borrows that were garbage-collected without being closed; return what callbacks raised at that."""
+        errors: _Errors = []
+        while self._abandoned:
+            try:
+                entry = self._abandoned.popleft()
+            except IndexError:  # another thread was faster
+                break
+            try:
+                self._give_back(entry)
+            except BaseException as error:  # noqa: BLE001 - raised when the operation is done
+                errors.append(error)
+        return errors
+
+    # --- leaving -----------------------------------------------------------------------------------------------------
+
+    def _unlist(self, key: Key) -> list[_Entry]:
+        """Take the entry out of the listing; return it where it can be freed now. The lock is held."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return []
+        entry.listed = False
+        if entry.borrows:
+            self._unlisted.add(entry)
+            return []
+        self._count_leaving(entry)
+        return [entry]
+
+    def _drop(self, entry: _Entry) -> None:
+        """Unlist an entry that is borrowed, unless another has taken its place."""
+        with self._lock:
+            if entry.listed:
+                self._unlist(entry.key)
+
+    def _count_leaving(self, entry: _Entry) -> None:
+        """Move the bytes that only this entry holds from the ledger to what is being freed. The lock is held."""
+        alone = self._ledger.drop(entry.storages)
+        if self._on_evict is not None and len(alone) < len(entry.storages):
+            self._keep_for_others(entry)
+            return
+        entry.storages = alone
+        for storage in alone:
+            self._releasing[storage.device] = self._releasing.get(storage.device, 0) + storage.nbytes
+
+    def _keep_for_others(self, entry: _Entry) -> None:
+        """Put a leaving entry back on the ledger until `_hand_out` has copied what other entries hold too."""
+        self._ledger.add(entry.storages)
+        entry.shares = True
+
+    def _hand_out(self, entry: _Entry) -> Any:
+        """Return the value of an entry that left, to somebody who will use it up: other entries keep their arrays."""
+        state = entry.state
+        if entry.shares:
+            try:
+                state = state.fork()
+            finally:
+                with self._lock:
+                    entry.storages = self._ledger.drop(entry.storages)
+                entry.state.release_alone(_keys(entry.storages))
+        return state if entry.as_state else state.unwrap()
+
+    def _evict(self, leaving: list[_Entry], key: Key, errors: _Errors) -> None:
+        """Free what `_make_room` unlisted for `key`."""
+        if self._trace is not None:
+            for entry in leaving:
+                if entry.key != key:
+                    self._trace("state_cache.evict", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
+        self._free(leaving, errors)
+
+    def _free(self, entries: list[_Entry], errors: _Errors) -> None:
+        """Release what `_unlist` and `_give_back` let go. Without the lock."""
+        for entry in entries:
+            try:
+                if self._on_evict is not None:
+                    self._on_evict(self._hand_out(entry))
+                else:
+                    self._release(entry)
+            except BaseException as error:  # noqa: BLE001 - must not keep other victims in memory
+                errors.append(error)
+            finally:
+                del entry.state  # a traceback may keep the entry, and must not keep its memory
+                if not entry.shares:
+                    with self._lock:
+                        for storage in entry.storages:
+                            self._releasing[storage.device] -= storage.nbytes
+            if self._trace is not None:
+                self._trace("state_cache.release", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
+
+    def _release(self, entry: _Entry) -> None:
+        outliving = entry.state.release_alone(_keys(entry.storages))
+        if outliving:
+            with self._lock:
+                self._orphans = [(nbytes, alive) for nbytes, alive in self._orphans if alive()] + outliving
+
+    # --- process life ------------------------------------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            CacheCopyError: Always.
+        """
+        msg = "a StateCache owns device memory and cannot be pickled or copied; make a new one, or share it by reference"
+        raise CacheCopyError(msg)
+
+    def _forget(self) -> None:
+        """Be empty in a forked child, and free nothing: the memory, and its device, are the parent's."""
+        _inherited.append((self._entries, self._unlisted, self._lock))
+        self._start()
+
+
+class Borrow:
+    """A lease on one entry, from `StateCache.borrow`: a context manager, used once."""
+
+    __slots__ = ("_cache", "_entry", "_key", "_lent", "_marks", "_raw")
+
+    def __init__(self, cache: StateCache, key: Key, *, raw: bool) -> None:
+        self._cache = cache
+        self._key = key
+        self._raw = raw
+        self._entry: _Entry | None = None
+
+    def __enter__(self) -> Any | None:
+        """Lend the state, or None where the key is not there."""
+        entry = self._cache._acquire(self._key)
+        if entry is None:
+            return None
+        try:
+            self._lent = entry.state.lend()
+            if self._cache._debug:
+                self._marks = entry.state.checksums()
+            lent = self._lent if self._raw or entry.as_state else self._lent.unwrap()
+        except BaseException:
+            self._cache._give_back(entry)
+            raise
+        self._entry = entry
+        return lent
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        """End the lease.
+
+        Raises:
+            BorrowViolationError: ``debug=True``, and the borrower wrote, donated or deleted; the entry is dropped.
+        """
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return False
+        try:
+            if self._cache._debug:
+                self._check(entry)
+        finally:
+            self._lent.end("borrowed, and its borrow has ended")
+            self._cache._give_back(entry)
+        return False
+
+    def _check(self, entry: _Entry) -> None:
+        found = entry.state.checksums()
+        changed = sorted(name for name, mark in self._marks.items() if found[name] != mark)
+        if changed:
+            self._cache._drop(entry)
+            what = "deleted or donated" if any(found[name] is None for name in changed) else "wrote"
+            msg = f"the borrower of {self._key!r} {what} {changed[:4]}; use get() for a state to change. The entry is dropped"
+            raise BorrowViolationError(msg)
+
+    def __del__(self) -> None:
+        """Give back what was never closed, and say so."""
+        entry = getattr(self, "_entry", None)
+        if entry is not None:
+            self._cache._abandoned.append(entry)  # no lock here: the collector may run while we hold it
+            warnings.warn(f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1)
+
+
+_PLAIN_KEYS = (str, int, bytes)
+
+
+def _check_key(key: object) -> None:
+    if not _is_key(key):
+        msg = f"a key of type {type(key).__qualname__} was given; use a str, int, bytes, or a tuple of these"
+        raise InvalidKeyError(msg)
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, _PLAIN_KEYS) or (isinstance(key, tuple) and all(map(_is_key, key)))
+
+
+def _add(counts: dict[str, int], sizes: Mapping[str, int], sign: int) -> None:
+    for device, nbytes in sizes.items():
+        counts[device] = counts.get(device, 0) + sign * nbytes
+
+
+def _unique_nbytes(entries: Iterable[_Entry]) -> int:
+    return _nbytes({storage.key: storage for entry in entries for storage in entry.storages}.values())
+
+
+def _nbytes(storages: Iterable[Storage]) -> int:
+    return sum(storage.nbytes for storage in storages)
+
+
+def _keys(storages: Iterable[Storage]) -> frozenset[Hashable]:
+    return frozenset(storage.key for storage in storages)
+
+
+def _raise_all(errors: _Errors) -> None:
+    if not errors:
+        return
+    try:
+        if len(errors) == 1:
+            raise errors[0]
+        msg = f"{len(errors)} on_evict callbacks raised"
+        raise BaseExceptionGroup(msg, errors)
+    finally:
+        # Their tracebacks hold frames that hold this list. Would it hold them too, what those frames refer to would live
+        # until the garbage collector comes by.
+        errors.clear()
+
+
+# What a process has forked is state of the process.
+_caches: "weakref.WeakSet[StateCache]" = weakref.WeakSet()
+_inherited: list[object] = []  # entries of the parent: never freed in a child
+
+
+def _forget_all() -> None:
+    for cache in list(_caches):
+        cache._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
