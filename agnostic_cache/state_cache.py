@@ -394,7 +394,8 @@ class StateCache(Cache):
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def _acquire(self, key: Key) -> _Entry | None:
-        _check_key(key)
+        if type(key) is not str:
+            _check_key(key)
         if self._abandoned:
             _raise_all(self._drain())
         with self._lock:

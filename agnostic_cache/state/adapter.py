@@ -293,6 +293,8 @@ class Adapter(ABC):
     def close(self, kind: str, children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:  # noqa: ARG002
         """Put a container together from what `open` gave; `native` is None where the structure came from bytes.
 
+        `length` is that of the state; 0 where none of its containers stated one and no counter was read yet.
+
         Raises:
             StructureMismatchError: This adapter does not know `kind`, or cannot build it without `native`.
         """

@@ -302,11 +302,10 @@ class KVState:
 
     def lend(self) -> "KVState":
         """Return a state that borrows the leaves until `end` is called on it. Constant time."""
-        lent = KVState(
+        return KVState(
             self._alive(), self._node, self._adapter, length=self._length, ownership=Ownership.BORROWED,
             missing=self.missing, layout=self.layout,
         )  # fmt: skip
-        return lent
 
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
@@ -350,8 +349,6 @@ class KVState:
             Size, and a function that says whether it still lives, for each storage that outlived this because a fork
             keeps it.
         """
-        if self._gone is not None:
-            return []
         deleted = self._adapter.is_deleted
         alone = [array for array in self._arrays() if not deleted(array) and self._lies_in(array, keys)]
         watched = self._adapter.watch(alone) if any(leaf.frozen for leaf in self._leaves.values()) else []
