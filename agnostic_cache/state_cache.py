@@ -471,14 +471,20 @@ class StateCache(Cache):
     def _hand_out(self, entry: _Entry) -> Any:
         """Return the value of an entry that left, to somebody who will use it up: other entries keep their arrays."""
         state = entry.state
+        del entry.state  # a traceback may keep the entry, and must not keep its memory
         if entry.shares:
             try:
-                state = state.fork()
+                forked = state.fork()
             finally:
                 with self._lock:
                     entry.storages = self._ledger.drop(entry.storages)
-                entry.state.release_alone(_keys(entry.storages))
-        return state if entry.as_state else state.unwrap()
+                state.release_alone(_keys(entry.storages))
+            state = forked
+        if entry.as_state:
+            return state
+        native = state.unwrap()
+        state.end("handed out")
+        return native
 
     def _evict(self, leaving: list[_Entry], key: Key, errors: _Errors) -> None:
         """Free what `_make_room` unlisted for `key`."""
@@ -499,7 +505,6 @@ class StateCache(Cache):
             except BaseException as error:  # noqa: BLE001 - must not keep other victims in memory
                 errors.append(error)
             finally:
-                del entry.state  # a traceback may keep the entry, and must not keep its memory
                 if not entry.shares:
                     with self._lock:
                         for storage in entry.storages:

@@ -1,6 +1,6 @@
 """The three decoding loops of the demo, behind one face.
 
-A state is the loop's own native cache: a `DynamicCache`, a list of buffers, google-tunix's dict. `answer` uses it up.
+A state is the loop's own native cache: a `DynamicCache`, a list of buffers, google-tunix's dict. `warm` uses it up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def keep_compiled(folder: Path) -> None:
 
 
 class Answer(NamedTuple):
-    """Token ids, and the seconds from the call (state included) to the first of them."""
+    """Token ids, and the seconds to the first of them, those for the state included."""
 
     ids: list[int]
     first_seconds: float
@@ -59,15 +59,12 @@ class Loop(ABC):
     layout: KVLayout | None = None
 
     @abstractmethod
-    def prefill(self, document: list[int]) -> Any:
-        """Compute the state of `document`."""
+    def cold(self, document: list[int], question: list[int], new_tokens: int) -> tuple[Answer, Any]:
+        """Answer from nothing; return the answer and a state that stands for `document`."""
 
     @abstractmethod
-    def answer(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int = 1) -> Answer:
-        """Continue `document` + `question` greedily.
-
-        `state` gives what stands for `document`, to be used up, or None for nothing; it is called inside of the timing.
-        """
+    def warm(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int) -> Answer:
+        """Answer from a state that stands for `document`; `state` gives one to use up, inside of the timing."""
 
     @abstractmethod
     def template(self) -> Any:
@@ -96,29 +93,30 @@ class TorchLoop(Loop):
         """Take a model in eval mode."""
         self.model = model
 
-    @torch.inference_mode()
-    def prefill(self, document: list[int]) -> DynamicCache:
-        """See `Loop.prefill`."""
-        state = self.template()
-        self.model(torch.tensor([document]), past_key_values=state, logits_to_keep=1)
-        return state
+    def cold(self, document: list[int], question: list[int], new_tokens: int) -> tuple[Answer, DynamicCache]:
+        """See `Loop.cold`."""
+        answer, state = self._generate(lambda: None, document + question, new_tokens)
+        state.crop(len(document) - state.get_seq_length())  # views of the first rows
+        return answer, state
+
+    def warm(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int) -> Answer:
+        """See `Loop.warm`."""
+        return self._generate(state, document + question, new_tokens)[0]
 
     @torch.inference_mode()
-    def answer(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int = 1) -> Answer:
-        """See `Loop.answer`."""
-        prompt = torch.tensor([document + question])
+    def _generate(self, state: Callable[[], Any], tokens: list[int], new_tokens: int) -> tuple[Answer, DynamicCache]:
+        prompt = torch.tensor([tokens])
         clock = _FirstToken()
-        ready = state()
-        options = {} if ready is None else {"past_key_values": ready}
-        tokens = self.model.generate(
+        result = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
+            past_key_values=state(),
             max_new_tokens=new_tokens,
             do_sample=False,
             streamer=clock,
-            **options,
+            return_dict_in_generate=True,
         )
-        return Answer(tokens[0, prompt.shape[1] :].tolist(), clock.seconds)
+        return Answer(result.sequences[0, len(tokens) :].tolist(), clock.seconds), result.past_key_values
 
     def template(self) -> DynamicCache:
         """See `Loop.template`."""
@@ -126,7 +124,7 @@ class TorchLoop(Loop):
 
     def small_state(self) -> DynamicCache:
         """See `Loop.small_state`."""
-        return self.prefill([0])
+        return self._generate(lambda: None, [0], 1)[1]
 
     def fork_by_hand(self, state: DynamicCache) -> DynamicCache:
         """Copy the containers: dynamic layers never write their tensors in place."""
@@ -167,20 +165,24 @@ class _BufferLoop(Loop):
         self.config, self.max_len = weights.config, max_len
         self.params: Any = None
 
-    def prefill(self, document: list[int]) -> Any:
-        """See `Loop.prefill`."""
-        _, state = self.module.prefill(self.params, document, self.template(), 0)
-        return jax.block_until_ready(state)
-
-    def answer(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int = 1) -> Answer:
-        """See `Loop.answer`."""
+    def cold(self, document: list[int], question: list[int], new_tokens: int) -> tuple[Answer, Any]:
+        """See `Loop.cold`. Prompts are computed in chunks, so that these two calls are one prompt's."""
         begin = time.perf_counter()
-        kv = state()
-        tokens, start = (question, len(document)) if kv is not None else (document + question, 0)
-        logits, kv = self.module.prefill(self.params, tokens, kv if kv is not None else self.template(), start)
+        _, state = self.module.prefill(self.params, document, self.template(), 0)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - begin
+        kept = self.fork_by_hand(state)
+        ids, first_seconds = self.warm(lambda: state, document, question, new_tokens)
+        return Answer(ids, seconds + first_seconds), kept
+
+    def warm(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int) -> Answer:
+        """See `Loop.warm`."""
+        begin = time.perf_counter()
+        logits, kv = self.module.prefill(self.params, question, state(), len(document))
         logits.block_until_ready()
         first_seconds = time.perf_counter() - begin
-        ids, _ = self.module.decode(self.params, logits, kv, start + len(tokens), new_tokens, self.config.eos)
+        position = len(document) + len(question)
+        ids, _ = self.module.decode(self.params, logits, kv, position, new_tokens, self.config.eos)
         return Answer(ids, first_seconds)
 
     def fork_by_hand(self, state: Any) -> Any:

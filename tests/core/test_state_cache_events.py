@@ -55,6 +55,19 @@ def test_on_evict_owns_what_it_gets(memory: HostMemory) -> None:
     check(cache, memory)
 
 
+def test_on_evict_is_the_last_that_holds_its_value(memory: HostMemory) -> None:
+    def on_evict(state: dict[str, HostArray]) -> None:
+        before = memory.live_bytes()
+        state.clear()
+        freed.append(before - memory.live_bytes())
+
+    freed: list[int] = []
+    cache = memory.cache("a", on_evict=on_evict)
+    cache.put("b", memory.state(128), move=True)
+    cache.clear()
+    assert freed == [64, 128]
+
+
 def test_on_evict_does_not_get_what_another_entry_holds(memory: HostMemory) -> None:
     def spoil(state: dict[str, HostArray]) -> None:
         for array in state.values():
@@ -147,6 +160,18 @@ def test_an_error_keeps_no_memory_alive(memory: HostMemory, victims: int) -> Non
         check(cache, memory)
     finally:
         gc.enable()
+
+
+def test_an_error_that_is_kept_keeps_no_memory_alive(memory: HostMemory) -> None:
+    def on_evict(state: object) -> None:
+        del state
+        raise ZeroDivisionError
+
+    cache = memory.cache("ab", on_evict=on_evict)
+    with pytest.raises(ExceptionGroup) as raised:
+        cache.clear()
+    check(cache, memory)
+    assert raised.value.exceptions[0].__traceback__ is not None
 
 
 # --- interrupts ------------------------------------------------------------------------------------------------------

@@ -55,6 +55,25 @@ def test_the_memory_of_what_leaves_is_free_when_put_returns(memory: HostMemory, 
     check(cache, memory)
 
 
+def test_what_leaves_is_released_by_its_adapter(memory: HostMemory) -> None:
+    cache = memory.cache("ab", 384)
+    cache.put("c", memory.state(128, 128), move=True)
+    cache.put("a", memory.state(64))
+    assert memory.released == [64]
+    cache.put("no", memory.state(1024))
+    cache.get("c")
+    cache.pop("a")
+    assert memory.released == [64]
+    cache.put("e", memory.state(128))
+    assert memory.released == [64, 64]
+    with cache.borrow("c", raw=True):
+        cache.remove("c")
+        assert memory.released == [64, 64]
+    assert memory.released == [64, 64, 128, 128]
+    cache.clear()
+    assert memory.released == [64, 64, 128, 128, 128]
+
+
 def test_borrowed_and_pinned_entries_are_passed_over(memory: HostMemory) -> None:
     cache = memory.cache("abcd")
     assert cache.pin("b")
@@ -247,9 +266,12 @@ def test_an_array_in_two_entries_counts_once_and_goes_with_the_last(memory: Host
     cache.put("c", {"x": shared}, move=True)
     del shared
     assert cache.current_bytes == 128
+    with cache.borrow("a", raw=True), cache.borrow("b", raw=True):
+        assert cache.stats().borrowed_bytes == 128
     cache.remove("a")
     check(cache, memory)
     assert cache.current_bytes == 64
+    assert memory.released == [64]  # not what another entry holds
     with cache.borrow("b") as lent:
         assert found(lent)["x"] is found(lent)["y"][0]
         cache.clear()
@@ -278,6 +300,7 @@ def test_who_pops_does_not_share_with_another_entry(memory: HostMemory) -> None:
     cache.put("b", {"x": shared}, move=True)
     del shared
     mine = found(cache.pop("a"))
+    assert memory.released == [64]  # the one that it was alone with was copied too
     mine["x"].memory[:] = bytes(64)
     assert fills(cache.get("b")) == [1]
     assert cache.current_bytes == 64

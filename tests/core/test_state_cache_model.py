@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LIMIT = 512
 KEYS = st.sampled_from("abcde")
-SIZES = st.lists(st.sampled_from([64, 128, 192, 320]), min_size=1, max_size=3)
+SIZES = st.lists(st.sampled_from([64, 64, 128, 320]), min_size=1, max_size=3)
 
 
 class Interrupt(BaseException):
@@ -63,6 +63,8 @@ class Model(RuleBasedStateMachine):
     @initialize(on_evict=st.booleans())
     def start(self, *, on_evict: bool) -> None:
         self.on_evict = on_evict
+        self.hold(64)
+        self.hold(64)
         self.cache = StateCache(LIMIT, adapter=self.memory, on_evict=self.evicted if on_evict else None)
 
     def evicted(self, value: Any) -> None:
@@ -86,6 +88,10 @@ class Model(RuleBasedStateMachine):
     def staying(self, leaving: list[Entry]) -> list[Entry]:
         listed = [entry for entry in self.entries.values() if entry not in leaving]
         return [*listed, *self.deferred, *(entry for entry in leaving if entry.leases)]
+
+    def shares(self, entry: Entry) -> bool:
+        others = [other for other in [*self.entries.values(), *self.deferred] if other is not entry]
+        return any(not entry.blocks.keys().isdisjoint(other.blocks) for other in others)
 
     def leave(self, leaving: list[Entry]) -> int:
         """Unlist entries; return how many of them are freed at once."""
@@ -122,7 +128,7 @@ class Model(RuleBasedStateMachine):
         entry = Entry(blocks, [number % 256] * len(sizes), raw=raw)
         self.put_state(key, entry, self.memory.state(*sizes, fill=number % 256), move=move)
 
-    @rule(key=KEYS, more=SIZES, of=st.sets(st.integers(0, 3)), move=st.booleans())
+    @rule(key=KEYS, more=SIZES, of=st.sets(st.integers(0, 3), min_size=1), move=st.booleans())
     def put_shared(self, key: str, more: list[int], of: set[int], *, move: bool) -> None:
         held = [self.shared[i % len(self.shared)] for i in of if self.shared]
         fill = next(self.numbers)
@@ -150,7 +156,9 @@ class Model(RuleBasedStateMachine):
     def put_interrupted(self, key: str, sizes: list[int]) -> None:
         leaving = self.room(key, Entry({0: sum(sizes)}, [], raw=False))
         state = self.memory.state(*sizes)
-        if leaving is not None:
+        if leaving is not None and not (
+            self.on_evict and any(map(self.shares, leaving))
+        ):  # no copy but that of `state`
             self.evictions += len(leaving) - (key in self.entries)
             self.memory.fails = Interrupt()
             try:

@@ -35,15 +35,19 @@ def test_a_cache_is_not_copied(copier: Callable[[object], object]) -> None:
 
 
 FORK = """
-import os, sys, threading
+import os, sys, threading, weakref
 from agnostic_cache import KVState, StateCache
 from agnostic_cache.state.host import HostArray
 from agnostic_cache.state.dtypes import Dtype
 
 freed = []
 cache = StateCache(1024, on_evict=freed.append)
+memory = []
 for key in "abc":
-    cache.put(key, {"x": HostArray.empty((64,), Dtype.UINT8)})
+    array = HostArray.empty((64,), Dtype.UINT8)
+    memory.append(weakref.ref(array.memory.obj))
+    cache.put(key, {"x": array}, move=True)
+del array
 held = threading.Event()
 release = threading.Event()
 def hold():
@@ -65,6 +69,7 @@ if child == 0:
     lease.__exit__(None, None, None)
     gone.__exit__(None, None, None)
     cache.clear()
+    ok = ok and all(mapping() is not None for mapping in memory)  # freed by the parent, and by it alone
     ok = ok and cache.put("a", {"x": HostArray.empty((1024,), Dtype.UINT8)}).name == "LEGAL" and not freed
     os._exit(0 if ok else 1)
 assert os.waitpid(child, 0)[1] == 0, "child"
@@ -74,6 +79,8 @@ assert (cache.current_size(), cache.current_bytes) == (2, 192) and not freed
 gone.__exit__(None, None, None)
 lease.__exit__(None, None, None)
 assert (cache.current_bytes, len(freed)) == (128, 1)
+freed.clear()
+assert [mapping() is not None for mapping in memory] == [True, False, True]
 """
 
 
@@ -208,6 +215,23 @@ def test_no_lock_is_held_during_a_copy_or_a_callback(pool: ThreadPoolExecutor, w
     busy.result(HANG_SECONDS)
     cache.clear()
     assert cache.current_bytes == 0
+
+
+def test_what_is_being_freed_is_no_room_yet(memory: HostMemory, pool: ThreadPoolExecutor) -> None:
+    def wait(_: object) -> None:
+        entered.set()
+        assert leave.wait(HANG_SECONDS)
+
+    cache = memory.cache("a", 64, on_evict=wait)
+    entered, leave = threading.Event(), threading.Event()
+    busy = pool.submit(cache.remove, "a")
+    try:
+        assert entered.wait(HANG_SECONDS)
+        assert cache.put("b", memory.state(64)) is ILLEGAL
+    finally:
+        leave.set()
+    assert busy.result(HANG_SECONDS)
+    assert cache.put("b", memory.state(64)) is LEGAL
 
 
 def test_of_two_that_put_one_key_at_a_time_one_is_kept(pool: ThreadPoolExecutor) -> None:

@@ -198,6 +198,24 @@ class TestNobodyWritesWhatCrossed:
             settle()
             assert all(map(np.array_equal, [leaf.array for leaf in crossed.leaves.values()], wanted))
 
+    def test_views_that_a_cache_holds_cross_with_a_copy(self) -> None:
+        windows = DynamicCache(config=MistralConfig(num_hidden_layers=1, sliding_window=6))
+        cropped, unaligned = DynamicCache(), DynamicCache()
+        for cache in (windows, cropped, unaligned):
+            cache.update(torch.rand(1, 2, 9, 16), torch.rand(1, 2, 9, 16), 0)
+        cropped.crop(-4)
+        held: Any = unaligned.layers[0]
+        held.keys = torch.rand(1 + 2 * 9 * 16)[1:].view(1, 2, 9, 16)
+        for cache in (windows, cropped, unaligned):
+            state = wrap(cache)
+            crossed = state.to("jax")
+            for name, leaf in state.leaves.items():
+                assert np.array_equal(crossed.leaves[name].array, leaf.array.numpy())
+            key = state.leaves["layers.0.key"].array
+            assert pointer(crossed.leaves["layers.0.key"].array) != key.data_ptr()
+            key.zero_()
+            assert crossed.leaves["layers.0.key"].array.any()
+
     @pytest.mark.parametrize("owned", [False, True])
     def test_what_came_from_jax_may_be_written(self, *, owned: bool) -> None:
         array = jnp.zeros((4, 4))

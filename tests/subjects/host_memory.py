@@ -21,12 +21,14 @@ class HostMemory(HostAdapter):
 
     Attributes:
         copies: How many arrays it copied.
+        released: What it was told to release, by the size of each array.
         fails: What the next copies raise.
     """
 
     def __init__(self) -> None:
         self.blocks: list[tuple[weakref.ref[mmap.mmap], int]] = []
         self.copies = 0
+        self.released: list[int] = []
         self.fails: BaseException | None = None
 
     def array(self, nbytes: int, fill: int = 0) -> HostArray:
@@ -55,6 +57,10 @@ class HostMemory(HostAdapter):
         if self.fails is not None:  # in the middle of it: there is memory already
             raise self.fails
         return copies
+
+    def release(self, arrays: Sequence[HostArray]) -> int:
+        self.released += [array.nbytes for array in arrays]
+        return super().release(arrays)
 
     def live_bytes(self) -> int:
         """The size of the blocks that are alive; no garbage is collected for that."""
@@ -160,4 +166,5 @@ def check(cache: StateCache, memory: HostMemory, elsewhere: int = 0) -> None:
     stats = cache.stats()
     assert stats.entries == cache.current_size()
     assert stats.current_bytes == cache.current_bytes == stats.listed_bytes + stats.deferred_bytes
+    assert min(stats.listed_bytes, stats.deferred_bytes) >= 0
     assert memory.live_bytes() == stats.current_bytes + elsewhere

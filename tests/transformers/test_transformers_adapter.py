@@ -215,9 +215,11 @@ class TestReuse:
             rows = state.leaves[f"layers.{i}.value"].array.transpose(1, 2)
             assert torch.equal(native[str(i)]["v"], torch.cat([rows, torch.zeros(1, 21 - PROMPT, 2, 8)], dim=1))
         back = wrap(native, layout=layout, length=PROMPT - 1)
-        for like in (DynamicCache(), DynamicCache(config=llama.config)):
-            cache = back.unwrap(like=like)
-            assert llama.generate(llama.ids, cache) == llama.wanted
+        caches = [back.unwrap(like=like) for like in (DynamicCache(), DynamicCache(config=llama.config))]
+        for buffer in native.values():  # borrowed, and written by its owner
+            buffer["k"].zero_()
+            buffer["v"].zero_()
+        assert [llama.generate(llama.ids, cache) for cache in caches] == [llama.wanted] * 2
 
 
 class TestStructure:
