@@ -1,7 +1,7 @@
-"""StateCache: states under keys of one's own, within a budget of bytes, freed the moment they leave and nobody reads them.
+"""StateCache: states under keys of one's own, within a budget of bytes, freed the moment they leave.
 
-Requirements that shape it: accounting is exact after any sequence of calls, failed ones included; no lock is held during a
-copy, a device call or a callback; an entry that is borrowed is never freed under its reader.
+Requirements that shape it: accounting is exact after any sequence of calls, failed ones included; no lock is held
+during a copy, a device call or a callback; an entry that is borrowed is never freed under its reader.
 """
 
 import os
@@ -42,7 +42,8 @@ class StateCacheStats(NamedTuple):
         listed_bytes: Of these, bytes of entries that can be found.
         deferred_bytes: Of these, bytes that left the listing and are still borrowed.
         borrowed_bytes: Bytes of entries that somebody borrows now.
-        shared_bytes: Bytes that outstanding forks handed out by `get` keep alive too; an eviction leaves them to the fork.
+        shared_bytes: Bytes that outstanding forks handed out by `get` keep alive too; an eviction leaves them to the
+            fork.
         hits: Lookups that found their key.
         misses: Lookups that did not.
         puts: Values taken in.
@@ -117,14 +118,14 @@ class StateCache(Cache):
             max_bytes: Budget of physical bytes, such as ``"4GiB"``; a mapping gives one per device name, and a device
                 that it does not name has no limit.
             evictor: Eviction policy by name: ``"lru"``.
-            on_evict: Called with each native value that leaves (by eviction, `remove`, `clear` or overwriting) once nobody
-                borrows it, instead of the owning adapter's release; the value is then the callback's to free. When it
-                raises, the operation completes, other victims leave too, and the error reaches the caller; several
-                come as one ``BaseExceptionGroup``.
+            on_evict: Called with each native value that leaves (by eviction, `remove`, `clear` or overwriting) once
+                nobody borrows it, instead of the owning adapter's release; the value is then the callback's to free.
+                When it raises, the operation completes, other victims leave too, and the error reaches the caller;
+                several come as one ``BaseExceptionGroup``.
             adapter: Adapter, or name of one; by default that of each value's first array.
             trace: Hook that is told of puts, evictions and releases.
-            debug: Check at the end of each borrow that the borrower neither wrote, donated nor deleted. Slow: reads every
-                byte.
+            debug: Check at the end of each borrow that the borrower neither wrote, donated nor deleted. Slow: reads
+                every byte.
 
         Raises:
             InvalidSizeError: `max_bytes` is no size.
@@ -160,13 +161,13 @@ class StateCache(Cache):
 
         Args:
             key: A str, int, bytes or tuple of these.
-            value: A native state or a `KVState`. Copied: the cache owns a compact private copy, and the copy is the only
-                extra memory at any time.
+            value: A native state or a `KVState`. Copied: the cache owns a compact private copy, and the copy is the
+                only extra memory at any time.
             move: Take the value itself instead of a copy; the caller gives it up and must not use it again.
 
         Returns:
-            ``LEGAL``, or ``ILLEGAL`` where it is larger than the budget or where what could leave is borrowed or pinned:
-            then nothing changed and the caller still owns the value.
+            ``LEGAL``, or ``ILLEGAL`` where it is larger than the budget or where what could leave is borrowed or
+            pinned: then nothing changed and the caller still owns the value.
 
         Raises:
             InvalidKeyError: `key` is no key.
@@ -289,8 +290,8 @@ class StateCache(Cache):
     def borrow(self, key: Key, *, raw: bool = False) -> "Borrow":
         """Lend the state for the length of a ``with`` block: the native type in fresh containers, arrays shared.
 
-        Do not donate, delete or write the arrays. The entry is not freed before the block ends. In the block the value is
-        None where `key` is not there.
+        Do not donate, delete or write the arrays. The entry is not freed before the block ends. In the block the value
+        is None where `key` is not there.
 
         Args:
             key: The key.
@@ -380,7 +381,7 @@ class StateCache(Cache):
         return self._ledger.total
 
     def stats(self) -> StateCacheStats:
-        """Return what the cache holds and did. Linear in the number of entries and arrays; other threads wait meanwhile."""
+        """Return what the cache holds and did. Linear in entries and arrays; other threads wait meanwhile."""
         _raise_all(self._drain())
         with self._lock:
             entries = self._entries.values()
@@ -526,7 +527,9 @@ class StateCache(Cache):
         Raises:
             CacheCopyError: Always.
         """
-        msg = "a StateCache owns device memory and cannot be pickled or copied; make a new one, or share it by reference"
+        msg = (
+            "a StateCache owns device memory and cannot be pickled or copied; make a new one, or share it by reference"
+        )
         raise CacheCopyError(msg)
 
     def _forget(self) -> None:
@@ -587,7 +590,10 @@ class Borrow:
         if changed:
             self._cache._drop(entry)
             what = "deleted or donated" if any(found[name] is None for name in changed) else "wrote"
-            msg = f"the borrower of {self._key!r} {what} {changed[:4]}; use get() for a state to change. The entry is dropped"
+            msg = (
+                f"the borrower of {self._key!r} {what} {changed[:4]}; use get() for a state to change. The entry is "
+                "dropped"
+            )
             raise BorrowViolationError(msg)
 
     def __del__(self) -> None:
@@ -595,7 +601,9 @@ class Borrow:
         entry = getattr(self, "_entry", None)
         if entry is not None:
             self._cache._abandoned.append(entry)  # no lock here: the collector may run while we hold it
-            warnings.warn(f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1)
+            warnings.warn(
+                f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1
+            )
 
 
 _PLAIN_KEYS = (str, int, bytes)
@@ -637,8 +645,8 @@ def _raise_all(errors: _Errors) -> None:
         msg = f"{len(errors)} on_evict callbacks raised"
         raise BaseExceptionGroup(msg, errors)
     finally:
-        # Their tracebacks hold frames that hold this list. Would it hold them too, what those frames refer to would live
-        # until the garbage collector comes by.
+        # Their tracebacks hold frames that hold this list. Would it hold them too, what those frames refer to would
+        # live until the garbage collector comes by.
         errors.clear()
 
 

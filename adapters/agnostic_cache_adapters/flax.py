@@ -17,7 +17,7 @@ from agnostic_cache_adapters.jax import JaxAdapter, on_evict
 __all__ = ["DECODE", "FlaxAdapter", "adapter", "on_evict"]
 
 DECODE = KVLayout({"*cached_key": TOKENS(-3), "*cached_value": TOKENS(-3), "*cache_index": LENGTH})
-"""``MultiHeadDotProductAttention(decode=True)`` and ``nnx.MultiHeadAttention``: keys and values (batch, tokens, heads, dim)."""
+"""``decode=True`` attention of linen and nnx: keys and values of shape (batch, tokens, heads, dim)."""
 
 
 class FlaxAdapter(JaxAdapter):
@@ -27,7 +27,8 @@ class FlaxAdapter(JaxAdapter):
         """Take a Variable apart as the array that it holds, anything else as JAX does."""
         opened = super().open(value)
         if opened is not None and isinstance(value, nnx.Variable):
-            return opened._replace(children={"": child for child in opened.children.values()})
+            [held] = opened.children.values()
+            return opened._replace(children={"": held})
         return opened
 
     def known_layout(self, names: Sequence[str]) -> KVLayout | None:

@@ -1,10 +1,10 @@
 """JAX arrays, in any pytree.
 
-Freeing is ``delete()`` on each top-level array, once, and never on a shard: deleting a shard's array crashes the next user
-of the whole. A NumPy or DLPack view that is alive keeps the memory until it dies; no JAX API tells of such views.
+Freeing is ``delete()`` on each top-level array, once, and never on a shard: deleting a shard's array crashes the next
+user of the whole. A NumPy or DLPack view that is alive keeps the memory until it dies; no JAX API tells of such views.
 
-On CPU, cutting, joining and filling run as plain memory copies on the buffers: no compilation per length, and a tenth of
-the time of eager slices. On other devices they are JAX operations.
+On CPU, cutting, joining and filling run as plain memory copies on the buffers: no compilation per length, and a tenth
+of the time of eager slices. On other devices they are JAX operations.
 """
 
 import ctypes
@@ -75,7 +75,10 @@ class JaxAdapter(Adapter):
             nbytes = array.size * array.dtype.itemsize
             return (Storage(array.unsafe_buffer_pointer(), nbytes, self._device_name(array)),)
         if not array.is_fully_addressable:
-            msg = f"a {array.dtype} array of shape {array.shape} has shards on other hosts; keep each host's part in its own cache"
+            msg = (
+                f"a {array.dtype} array of shape {array.shape} has shards on other hosts; keep each host's part in "
+                "its own cache"
+            )
             raise UnsupportedArrayError(msg)
         shards = (shard.data for shard in array.addressable_shards)
         return [Storage(part.unsafe_buffer_pointer(), part.nbytes, self._device_name(part)) for part in shards]
@@ -145,9 +148,7 @@ class JaxAdapter(Adapter):
         """
         for array in arrays:
             self._check(array)
-        copies: list[jax.Array] = jax.device_put(
-            list(arrays), [array.sharding for array in arrays], may_alias=False
-        )
+        copies: list[jax.Array] = jax.device_put(list(arrays), [array.sharding for array in arrays], may_alias=False)
         return copies
 
     def cut_all(self, cuts: Sequence[tuple[jax.Array, int, int, int]]) -> list[jax.Array]:
@@ -191,8 +192,8 @@ class JaxAdapter(Adapter):
         """Write into the buffers that the caller gave up; the old handles are deleted, as by donation.
 
         On CPU this *is* a donation, to an identity: its result is a handle that nobody else has, over the same memory,
-        or, where a view of the old array is alive, over a copy of it. So the bytes can be written directly, at the speed
-        of memcpy, with no compilation per length and no clamping at the end of the buffer.
+        or, where a view of the old array is alive, over a copy of it. So the bytes can be written directly, at the
+        speed of memcpy, with no compilation per length and no clamping at the end of the buffer.
         """
         targets = list({id(fill.target): fill.target for fill in fills}.values())
         owned = dict(zip(map(id, targets), _claim(self._apart(targets)), strict=True))
@@ -252,7 +253,7 @@ class JaxAdapter(Adapter):
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _apart(self, arrays: list[jax.Array]) -> list[jax.Array]:
-        """The arrays, but for those that lie in the memory of one before: copies of these, as a buffer is donated once."""
+        """The arrays; copies of those that lie in the memory of one before, as a buffer is donated once."""
         seen: set[Any] = set()
         apart = []
         for array in arrays:
@@ -266,12 +267,17 @@ class JaxAdapter(Adapter):
             msg = "a JAX array inside jit is a tracer and holds no data; call the cache outside of the jitted function"
             raise UnsupportedArrayError(msg)
         if array.is_deleted():
-            msg = f"a {array.dtype} array of shape {array.shape} was deleted or donated; store it before a donating call, and use what that call returns"
+            msg = (
+                f"a {array.dtype} array of shape {array.shape} was deleted or donated; store it before a donating "
+                "call, and use what that call returns"
+            )
             raise DeletedArrayError(msg)
 
     def _check_width(self, name: str) -> None:
         if name in _WIDE and not jax.config.jax_enable_x64:
-            msg = f"JAX holds no {name} here and would narrow it silently; set jax_enable_x64, or convert the state first"
+            msg = (
+                f"JAX holds no {name} here and would narrow it silently; set jax_enable_x64, or convert the state first"
+            )
             raise UnsupportedDtypeError(msg)
 
     def _device_name(self, array: jax.Array) -> str:

@@ -1,8 +1,8 @@
 """PyTorch tensors, in any nesting of dict, list, tuple and dataclass.
 
-Freeing is dropping references: a storage somebody else still reads stays valid until they let go. ``resize_(0)`` is never
-used, because with a DLPack consumer alive it is a use-after-free. On CUDA, freed blocks go back to the device when the
-caching allocator holds more than `WATERMARK_BYTES` of them, not at each eviction.
+Freeing is dropping references: a storage somebody else still reads stays valid until they let go. ``resize_(0)`` is
+never used, because with a DLPack consumer alive it is a use-after-free. On CUDA, freed blocks go back to the device
+when the caching allocator holds more than `WATERMARK_BYTES` of them, not at each eviction.
 """
 
 import ctypes
@@ -164,7 +164,7 @@ class TorchAdapter(Adapter):
         return [(s.nbytes(), _alive(StorageWeakRef(s))) for s in storages.values()]
 
     def copy_all(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Clone each tensor, contiguous. On CPU one clone per tensor is as fast as one ``np.copy`` of all (measured)."""
+        """Clone each tensor, contiguous. On CPU that is as fast as one ``np.copy`` of all (measured)."""
         return [array.clone(memory_format=torch.contiguous_format) for array in arrays]
 
     def cut_all(self, cuts: Sequence[tuple[torch.Tensor, int, int, int]]) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
 """Hugging Face caches: `DynamicCache` and its layers, and any other layer as a snapshot.
 
-Layers are known by their exact class. `DynamicLayer` and `DynamicSlidingWindowLayer` grow by concatenation and never write
-in place, so that a fork shares their tensors; a layer that nobody here has seen is walked attribute by attribute, kept
-whole, and copied whenever it is handed out.
+Layers are known by their exact class. `DynamicLayer` and `DynamicSlidingWindowLayer` grow by concatenation and never
+write in place, so that a fork shares their tensors; a layer that nobody here has seen is walked attribute by attribute,
+kept whole, and copied whenever it is handed out.
 """
 
 import copy
@@ -95,10 +95,10 @@ class TransformersAdapter(TorchAdapter):
 _opened = functools.partial(tuple.__new__, Opened)  # takes all six fields, at a third of the time of Opened(...)
 
 
-def _open_attention(
-    layer: Any, hints: Mapping[str, Hint], data: Mapping[str, Any], length: int | None
-) -> Opened:
-    if layer.is_initialized and layer.keys is not None and layer.keys.ndim == len(_AXES):  # ready early: one axis, empty
+def _open_attention(layer: Any, hints: Mapping[str, Hint], data: Mapping[str, Any], length: int | None) -> Opened:
+    if (
+        layer.is_initialized and layer.keys is not None and layer.keys.ndim == len(_AXES)
+    ):  # ready early: one axis, empty
         return _opened((_LAYER, {"key": layer.keys, "value": layer.values}, data, hints, length, None))
     return Opened(_LAYER, {"key": None, "value": None}, data, hints)
 

@@ -1,8 +1,8 @@
 """The Adapter contract: what the house asks of a framework, one array at a time.
 
-An adapter knows one framework's arrays (six abstract methods) and, where it likes, containers of that framework that are
-not dict, list, tuple or dataclass (`open` and `close`). Everything else has a correct default that goes through host
-memory; an adapter overrides what it can do faster. `agnostic_cache.testing.AdapterSuite` holds the contract.
+An adapter knows one framework's arrays (six abstract methods) and, where it likes, containers of that framework that
+are not dict, list, tuple or dataclass (`open` and `close`). Everything else has a correct default that goes through
+host memory; an adapter overrides what it can do faster. `agnostic_cache.testing.AdapterSuite` holds the contract.
 """
 
 import zlib
@@ -147,8 +147,8 @@ class Adapter(ABC):
     def release(self, arrays: Sequence[Array]) -> int:
         """Free `arrays`, which nobody reads any more; each array is named once.
 
-        The caller has dropped every other reference of its own; the list is emptied where it is a list. Freeing an array
-        that is already gone is a no-op.
+        The caller has dropped every other reference of its own; the list is emptied where it is a list. Freeing an
+        array that is already gone is a no-op.
 
         Returns:
             The bytes that were seen to be freed: memory that somebody else keeps alive is not counted.
@@ -184,7 +184,7 @@ class Adapter(ABC):
         return [self.from_host(target) for target in blocks]
 
     def cut_all(self, cuts: Sequence[tuple[Array, int, int, int]]) -> list[Array]:
-        """Return an independent, compact copy of rows ``[start, stop)`` along an axis, per ``(array, axis, start, stop)``."""
+        """Return an independent, compact copy of rows ``[start, stop)`` for each ``(array, axis, start, stop)``."""
         sources = [self.to_host(array) for array, _, _, _ in cuts]
         shapes = [
             (*source.shape[:axis], stop - start, *source.shape[axis + 1 :])
@@ -230,9 +230,7 @@ class Adapter(ABC):
         """Read a `LENGTH` leaf: its value where all elements agree, else None. Blocks until it is computed."""
         host = self.to_host(array)
         size = host.dtype.itemsize
-        values = {
-            int.from_bytes(host.memory[i : i + size], "little", signed=True) for i in range(0, host.nbytes, size)
-        }
+        values = {int.from_bytes(host.memory[i : i + size], "little", signed=True) for i in range(0, host.nbytes, size)}
         return values.pop() if len(values) == 1 else None
 
     def with_counter(self, array: Array, value: int) -> Array:

@@ -33,7 +33,9 @@ def cut_leaves(
         role = leaf.role
         if isinstance(role, TOKENS):
             if start % role.stride or (stop % role.stride and not at_end):
-                msg = f"cut [{start}, {stop}): leaf {name!r} has one row per {role.stride} tokens; cut at multiples of it"
+                msg = (
+                    f"cut [{start}, {stop}): leaf {name!r} has one row per {role.stride} tokens; cut at multiples of it"
+                )
                 raise CutRangeError(msg)
             cuts.append((leaf.array, role.axis, start // role.stride, stop // role.stride))
             rows[name] = leaf
@@ -76,9 +78,7 @@ def _copies(leaves: Leaves, adapter: Adapter) -> dict[str, Leaf]:
     return _paired(leaves, adapter.copy_all([leaf.array for leaf in leaves.values()]))
 
 
-def _finish(
-    leaves: Leaves, done: Leaves, adapter: Adapter, length: int, lost: frozenset[str]
-) -> dict[str, Leaf]:
+def _finish(leaves: Leaves, done: Leaves, adapter: Adapter, length: int, lost: frozenset[str]) -> dict[str, Leaf]:
     """The leaves in their order, counters rewritten."""
     result = {}
     for name, leaf in leaves.items():
@@ -101,9 +101,7 @@ def _counted(leaf: Leaf, adapter: Adapter, length: int) -> Array:
     return adapter.cut_all([(leaf.array, leaf.role.axis, 0, wanted)])[0]
 
 
-def _window(
-    leaves: Sequence[Leaf], lengths: Sequence[int], adapter: Adapter, role: WINDOW
-) -> tuple[list[Array], int]:
+def _window(leaves: Sequence[Leaf], lengths: Sequence[int], adapter: Adapter, role: WINDOW) -> tuple[list[Array], int]:
     """The adjacent rows at the end, from the first one that is needed on, and the token of the first."""
     first = end = sum(lengths)
     needed = max(0, end - role.width)
@@ -143,7 +141,10 @@ def check_joinable(parts: Sequence["KVState"]) -> None:
     strides = {leaf.role.stride for leaf in first.leaves.values() if isinstance(leaf.role, TOKENS)}
     for part in parts[:-1]:
         if any(part.length % stride for stride in strides):
-            msg = f"join after a part of {part.length} tokens, whose last row is not whole: rows stand for {sorted(strides)} tokens; cut it at a multiple"
+            msg = (
+                f"join after a part of {part.length} tokens, whose last row is not whole: rows stand for "
+                f"{sorted(strides)} tokens; cut it at a multiple"
+            )
             raise StructureMismatchError(msg)
     kinds = _kinds(first)
     for part in parts[1:]:

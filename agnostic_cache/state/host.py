@@ -31,8 +31,8 @@ class HostArray:
     Attributes:
         shape: Extents.
         dtype: Element type.
-        memory: The bytes, a flat ``"B"`` view of ``prod(shape) * dtype.itemsize`` bytes; keeps its block alive. It may be
-            read-only where the array borrows a framework's memory.
+        memory: The bytes, a flat ``"B"`` view of ``prod(shape) * dtype.itemsize`` bytes; keeps its block alive. It may
+            be read-only where the array borrows a framework's memory.
         block: Identity and size of the physical block that `memory` lies in: ``(key, nbytes)``.
     """
 

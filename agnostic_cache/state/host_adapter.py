@@ -51,18 +51,21 @@ class HostAdapter(Adapter):
         for fill in fills:
             stacked = any(isinstance(part, int) for part in (*fill.index, *fill.source_index))
             if stacked or list(fill.order) != list(range(len(fill.order))):
-                msg = f"host arrays cannot be stacked or transposed to axes {fill.order}; give the template the state's axes"
+                msg = (
+                    f"host arrays cannot be stacked or transposed to axes {fill.order}; give the template the "
+                    "state's axes"
+                )
                 raise StructureMismatchError(msg)
         for target, index, source, source_index, _ in fills:
-            axis = next((i for i, pair in enumerate(zip(index, source_index, strict=True)) if pair != (_ALL, _ALL)), None)
+            target_rows, source_rows, axis = _ALL, _ALL, None
+            for i, (at, part) in enumerate(zip(index, source_index, strict=True)):
+                if isinstance(at, slice) and isinstance(part, slice) and (at, part) != (_ALL, _ALL):
+                    target_rows, source_rows, axis = at, part, i
             if axis is None:
                 target.memory[:] = source.memory
             else:
-                (at, _, _), (start, stop, _) = (
-                    part.indices(array.shape[axis])  # type: ignore[union-attr] - no int is left
-                    for part, array in ((index[axis], target), (source_index[axis], source))
-                )
-                copy_rows(target, at, source, start, stop, axis)
+                start, stop, _ = source_rows.indices(source.shape[axis])
+                copy_rows(target, target_rows.start, source, start, stop, axis)
         return [fill.target for fill in fills]
 
     def release(self, arrays: Sequence[Array]) -> int:

@@ -1,6 +1,7 @@
 """KVState: named leaves, a structure and a length. The currency of the house.
 
-An adapter wraps a native cache into one; a cache holds it; prefix reuse cuts and joins it; another framework unwraps it.
+An adapter wraps a native cache into one; a cache holds it; prefix reuse cuts and joins it; another framework unwraps
+it.
 
 Who owns the memory is part of a state, because that is what hand-made reuse gets wrong:
 
@@ -36,8 +37,8 @@ class Ownership(enum.Enum):
 class KVState:
     """Named arrays of one framework, how they nest, and how many tokens they stand for.
 
-    Make one with `wrap`. Methods neither mutate nor block unless they say so. Not safe to use from several threads while
-    one of them releases or unwraps it.
+    Make one with `wrap`. Methods neither mutate nor block unless they say so. Not safe to use from several threads
+    while one of them releases or unwraps it.
 
     Attributes:
         missing: Names of `SNAPSHOT` leaves that a cut had to leave behind. Such a state joins, but does not unwrap.
@@ -116,7 +117,7 @@ class KVState:
 
     @property
     def nbytes(self) -> int:
-        """Physical bytes that the state keeps alive: shared storage once, views at full size, all addressable shards."""
+        """Physical bytes kept alive: shared storage once, views at full size, all addressable shards."""
         return sum(storage.nbytes for storage in self.storages())
 
     def storages(self) -> list[Storage]:
@@ -140,7 +141,8 @@ class KVState:
         if self._gone is not None:
             return f"KVState({self._gone})"
         length = "?" if self._length is None else self._length
-        return f"KVState(framework={self.framework!r}, length={length}, leaves={len(self._leaves)}, {self._ownership.value})"
+        shown = f"length={length}, leaves={len(self._leaves)}, {self._ownership.value}"
+        return f"KVState(framework={self.framework!r}, {shown})"
 
     def _alive(self) -> dict[str, Leaf]:
         if self._gone is not None:
@@ -167,7 +169,7 @@ class KVState:
         return self._with(copied, Ownership.OWNED)
 
     def fork(self) -> "KVState":
-        """Return a state that its owner may use up: frozen leaves are shared where several may own one, all others copied."""
+        """Return a state to use up: frozen leaves are shared where several may own one, all others copied."""
         leaves, forkable = self._alive(), self._adapter.forkable
         thawed = {id(leaf.array): leaf.array for leaf in leaves.values() if not (leaf.frozen and forkable)}
         copies = dict(zip(thawed, self._adapter.copy_all(list(thawed.values())), strict=True)) if thawed else {}
@@ -177,8 +179,8 @@ class KVState:
     def cut(self, start: int, stop: int) -> "KVState":
         """Return an independent, compact copy of tokens ``[start, stop)``.
 
-        `SNAPSHOT` leaves come along only where `stop` is the end of the state; otherwise they are listed in `missing` of
-        the result. `WINDOW` leaves give the rows of the cut that are there.
+        `SNAPSHOT` leaves come along only where `stop` is the end of the state; otherwise they are listed in `missing`
+        of the result. `WINDOW` leaves give the rows of the cut that are there.
 
         Raises:
             CutRangeError: Not ``0 <= start <= stop <= length``, or not on a row of a strided leaf.
@@ -209,18 +211,19 @@ class KVState:
 
         Arrays cross through DLPack without a copy where they are dense, aligned to 64 bytes, and nobody may write them
         under the result; otherwise with one copy. Who may write: the holder of a torch tensor or host array that `wrap`
-        borrowed (unless its container never writes in place, as Hugging Face dynamic layers). Nobody writes a JAX array,
-        and donating or deleting it leaves a view valid. After a crossing without a copy both states are *shared*: what
-        `unwrap` then hands to an owner who could write in place is a copy.
+        borrowed (unless its container never writes in place, as Hugging Face dynamic layers). Nobody writes a JAX
+        array, and donating or deleting it leaves a view valid. After a crossing without a copy both states are
+        *shared*: what `unwrap` then hands to an owner who could write in place is a copy.
 
         Args:
             framework: ``"torch"``, ``"jax"``, ``"host"`` or a third party's name.
             device: Device name in that framework; by default where DLPack puts it, the host for ``"host"``.
 
         Raises:
-            UnsupportedDtypeError: That framework cannot hold a leaf's dtype without changing values (64-bit in JAX without
-                ``jax_enable_x64``): values never change silently.
+            UnsupportedDtypeError: That framework cannot hold a leaf's dtype without changing values (64-bit in JAX
+                without ``jax_enable_x64``): values never change silently.
             MissingAdapterError: No such framework here.
+            StructureMismatchError: No such device in it.
         """
         leaves, source = self._alive(), self._adapter
         target = adapter_named(framework)
@@ -254,10 +257,10 @@ class KVState:
         place, are copied first.
 
         Args:
-            like: A template whose containers and buffers are consumed: each leaf of the state is written into the leaf of
-                that name, rows ``[0, length)`` of longer buffers, axes matched by name; counters are set to `length`. It
-                may be of another framework than the state. Use the returned value, also where buffers are written in
-                place.
+            like: A template whose containers and buffers are consumed: each leaf of the state is written into the leaf
+                of that name, rows ``[0, length)`` of longer buffers, axes matched by name; counters are set to
+                `length`. It may be of another framework than the state. Use the returned value, also where buffers are
+                written in place.
             layout: Names and roles of the template's leaves; by default those that its structure is known by, else the
                 state's own.
 
@@ -281,13 +284,19 @@ class KVState:
     def _check_complete(self) -> None:
         if self.missing:
             shown = ", ".join(sorted(self.missing)[:4])
-            msg = f"{len(self.missing)} leaves are only valid at another length and were left behind by a cut: {shown}; join up to a stored boundary"
+            msg = (
+                f"{len(self.missing)} leaves are only valid at another length and were left behind by a cut: "
+                f"{shown}; join up to a stored boundary"
+            )
             raise MissingLeavesError(msg)
         for name, leaf in self._leaves.items():
             if type(leaf.role) is WINDOW:
                 rows = self._adapter.describe(leaf.array).shape[leaf.role.axis]
                 if leaf.first > max(0, self.length - leaf.role.width) or leaf.first + rows < self.length:
-                    msg = f"window {name!r} holds tokens [{leaf.first}, {leaf.first + rows}) of {self.length}, and needs the last {leaf.role.width}"
+                    msg = (
+                        f"window {name!r} holds tokens [{leaf.first}, {leaf.first + rows}) of {self.length}, and "
+                        f"needs the last {leaf.role.width}"
+                    )
                     raise MissingLeavesError(msg)
 
     # --- for the cache that keeps it ---------------------------------------------------------------------------------
@@ -378,7 +387,10 @@ def check_room(rows: Iterable[tuple[str, int, int]], length: int) -> None:
         raise LengthMismatchError(msg)
     for name, count, stride in rows:
         if (count + 1) * stride <= length:
-            msg = f"length={length}, but leaf {name!r} has {count} rows of {stride} tokens; pass the state that these tokens were computed into"
+            msg = (
+                f"length={length}, but leaf {name!r} has {count} rows of {stride} tokens; pass the state that these "
+                "tokens were computed into"
+            )
             raise LengthMismatchError(msg)
 
 

@@ -159,7 +159,10 @@ class KVLayout:
                 roles[name] = SNAPSHOT
         if not any(isinstance(role, TOKENS) for role in roles.values()):
             shown = {name: (spec.shape, long[name].shape) for name, spec in list(short.items())[:4]}
-            msg = f"no leaf of init_fn has one axis that follows the lengths {lengths}; found {shown}; declare KVLayout(roles=...)"
+            msg = (
+                f"no leaf of init_fn has one axis that follows the lengths {lengths}; found {shown}; declare "
+                "KVLayout(roles=...)"
+            )
             raise LayoutUnknownError(msg)
         # Inferred names are literal: a path may hold characters that patterns use.
         layout = cls(names=names, stack_axis=stack_axis, rotary=rotary)

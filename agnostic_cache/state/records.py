@@ -1,4 +1,4 @@
-"""The fields of a dataclass instance, without importing `dataclasses`, which takes 15 ms that most processes can spare."""
+"""The fields of a dataclass instance, without importing `dataclasses`, which takes 15 ms of every start."""
 
 
 def field_names(value: object) -> list[str] | None:

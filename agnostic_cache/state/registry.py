@@ -7,7 +7,6 @@ loaded adapters know a value, the most derived class wins (transformers over tor
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from agnostic_cache.errors import MissingAdapterError, UnknownValueError
@@ -16,6 +15,7 @@ from agnostic_cache.state.host_adapter import HostAdapter
 from agnostic_cache.state.records import field_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from importlib.metadata import EntryPoint
 
 GROUP = "agnostic_cache.adapters"

@@ -121,12 +121,21 @@ def _sources(
     found = _LAYER.search(name)
     if found and stacked in leaves and "layers" in leaves[stacked].axes:
         return [(stacked, leaves[stacked], None, int(found[1]))]
-    msg = f"the state has no leaf for {name!r} of the template (it has {sorted(leaves)[:4]} ...); pass a layout whose names= map it"
+    msg = (
+        f"the state has no leaf for {name!r} of the template (it has {sorted(leaves)[:4]} ...); pass a layout whose "
+        "names= map it"
+    )
     raise StructureMismatchError(msg)
 
 
-def _fill(  # noqa: PLR0913 - one write, fully told
-    name: str, leaf: Leaf, slot: _Slot, adapter: Adapter, length: int, target_layer: int | None, source_layer: int | None
+def _fill(
+    name: str,
+    leaf: Leaf,
+    slot: _Slot,
+    adapter: Adapter,
+    length: int,
+    target_layer: int | None,
+    source_layer: int | None,
 ) -> Fill:
     spec, held = adapter.describe(slot.array), adapter.describe(leaf.array)
     axes = slot.hint.axes if slot.hint is not None and len(slot.hint.axes) == len(spec.shape) else leaf.axes
@@ -139,7 +148,8 @@ def _fill(  # noqa: PLR0913 - one write, fully told
     if spec.dtype != held.dtype or sorted(left) != sorted(right) or len(axes) != len(spec.shape):
         msg = (
             f"leaf {name!r} is {held.dtype} {dict(zip(leaf.axes, held.shape, strict=True))} in the state and "
-            f"{spec.dtype} {spec.shape} with axes {axes} in the template; make the template with the state's dtype and axes"
+            f"{spec.dtype} {spec.shape} with axes {axes} in the template; "
+            "make the template with the state's dtype and axes"
         )
         raise StructureMismatchError(msg)
     tokens = _token_axis(leaf)
@@ -156,7 +166,10 @@ def _fill(  # noqa: PLR0913 - one write, fully told
         if axis == tokens:
             source_index[at], index[i] = _span(name, leaf, slot, held.shape[at], spec.shape[i], length)
         elif spec.shape[i] != held.shape[at]:
-            msg = f"leaf {name!r} has {axis}={held.shape[at]} in the state and {spec.shape[i]} in the template; make a template of the state's shape"
+            msg = (
+                f"leaf {name!r} has {axis}={held.shape[at]} in the state and {spec.shape[i]} in the template; make "
+                "a template of the state's shape"
+            )
             raise StructureMismatchError(msg)
     order = tuple(right.index(axis) for axis in left)
     return Fill(slot.array, tuple(index), leaf.array, tuple(source_index), order)
@@ -166,9 +179,7 @@ def _token_axis(leaf: Leaf) -> str | None:
     return leaf.axes[leaf.role.axis] if isinstance(leaf.role, TOKENS | WINDOW) else None
 
 
-def _span(  # noqa: PLR0913 - as above
-    name: str, leaf: Leaf, slot: _Slot, rows: int, room: int | None, length: int
-) -> tuple[slice, slice]:
+def _span(name: str, leaf: Leaf, slot: _Slot, rows: int, room: int | None, length: int) -> tuple[slice, slice]:
     """Which rows of a leaf go to which rows of a slot, which has room for any number where `room` is None.
 
     Where a slot is a window, its rows stand for the last tokens, or for the first where it has room for all of them.
@@ -191,7 +202,11 @@ def _span(  # noqa: PLR0913 - as above
         fits = isinstance(role, TOKENS) and role.stride == stride and (room is None or room >= end)
     low = max(first, begin)
     if not fits or low > needed:
-        msg = f"leaf {name!r} is {leaf.role} with rows [{first}, {end}) in the state, and {role} with room for {'any' if room is None else room} in the template; make a template of the same role and longer buffers, or cut the state"
+        msg = (
+            f"leaf {name!r} is {leaf.role} with rows [{first}, {end}) in the state, and {role} with room for "
+            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
+            "buffers, or cut the state"
+        )
         raise StructureMismatchError(msg)
     return slice(low - first, end - first), slice(low - begin, end - begin)
 
@@ -201,7 +216,10 @@ def _given(state: "KVState", leaf: Leaf, slot: _Slot, adapter: Adapter, layer: i
     held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
     axes = slot.hint.axes if slot.hint is not None else tuple(held)
     if sorted(axes) != sorted(held):
-        msg = f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in the layout"
+        msg = (
+            f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "
+            "the layout"
+        )
         raise StructureMismatchError(msg)
     index: list[int | slice] = [slice(None)] * len(leaf.axes)
     if isinstance(leaf.role, TOKENS | WINDOW):

@@ -1,8 +1,8 @@
 """Taking a native value apart into named arrays and a structure, and putting it together again.
 
-The core walks dict, list, tuple, NamedTuple and dataclass; an adapter opens what else its framework has. The structure is
-a tree of `Node`: all of it that can be written down is JSON-able, and no class is ever imported by a name found in data:
-types live in `Node.native`, which only a process that took the value apart has.
+The core walks dict, list, tuple, NamedTuple and dataclass; an adapter opens what else its framework has. The structure
+is a tree of `Node`: all of it that can be written down is JSON-able, and no class is ever imported by a name found in
+data: types live in `Node.native`, which only a process that took the value apart has.
 """
 
 import enum
@@ -22,8 +22,8 @@ class Node(NamedTuple):
     """One container, array or constant of a structure.
 
     Attributes:
-        kind: ``leaf`` (data is the leaf's name), ``const``, ``length`` (an int that equals the state's length), ``dict``,
-            ``list``, ``tuple``, ``namedtuple``, ``dataclass``, or a kind of the adapter's own.
+        kind: ``leaf`` (data is the leaf's name), ``const``, ``length`` (an int that equals the state's length),
+            ``dict``, ``list``, ``tuple``, ``namedtuple``, ``dataclass``, or a kind of the adapter's own.
         data: JSON-able.
         keys: Names of the children: str or int.
         children: One node per key.
@@ -198,7 +198,10 @@ class _Walk:
         try:
             other = adapter_for(value).framework
         except UnknownValueError:
-            msg = f"{name} {where}is nothing that the {self.adapter.framework} adapter knows; store arrays and containers of arrays"
+            msg = (
+                f"{name} {where}is nothing that the {self.adapter.framework} adapter knows; store arrays and "
+                "containers of arrays"
+            )
             raise UnknownValueError(msg) from None
         msg = f"{name} {where}is {other} in a value of {self.adapter.framework}; store one framework per value"
         raise MixedFrameworksError(msg)
@@ -221,7 +224,10 @@ def build(node: Node, arrays: Mapping[str, Array], length: int, adapter: Adapter
         return arrays.get(data)  # None where a container has room for a leaf that it does not hold yet
     if kind == "const":
         if native is None and isinstance(data, Mapping):
-            msg = f"a constant of type {data['type']} cannot be rebuilt from its name alone; pass like= with a fresh value"
+            msg = (
+                f"a constant of type {data['type']} cannot be rebuilt from its name alone; pass like= with a fresh "
+                "value"
+            )
             raise StructureMismatchError(msg)
         return data if native is None else native
     if kind == "length":

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from agnostic_cache.errors import LengthMismatchError, StructureMismatchError, UnknownValueError
 from agnostic_cache.state.adapter import Adapter
@@ -10,7 +11,7 @@ from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.registry import adapter_named
 from agnostic_cache.state.roles import SNAPSHOT, TOKENS, WINDOW, Hint, axis_names
-from agnostic_cache.state.tree import Node, flatten
+from agnostic_cache.state.tree import Flat, Node, flatten
 
 
 def wrap(
@@ -23,7 +24,8 @@ def wrap(
     """Take a native cache as a `KVState` that borrows its arrays. Copies nothing.
 
     Args:
-        native: Any nesting of dict, list, tuple, NamedTuple and dataclass around arrays and containers of one framework.
+        native: Any nesting of dict, list, tuple, NamedTuple and dataclass around arrays and containers of one
+            framework.
         adapter: Adapter, or name of one; by default that of the first array or opaque container.
         length: Tokens that it stands for; by default what its containers, counters or token axes say.
         layout: Roles and names of its leaves; by default those that its structure is known by, else every leaf is
@@ -60,12 +62,43 @@ def adopt(
     chosen = flat.adapter
     if layout is None and len(flat.hints) < len(flat.arrays):
         layout = chosen.known_layout(list(flat.arrays))
-    shapes = chosen.check_all(list(flat.arrays.values()))
-    leaves: dict[str, Leaf] = {}
-    names: dict[str, str] = {}
-    stated = set(flat.lengths) if length is None else {length, *flat.lengths}
-    rows: list[tuple[str, int, int]] = []  # of each TOKENS leaf: name, rows, stride
-    windows: list[tuple[str, int]] = []  # of each WINDOW leaf: name, rows
+    known = _read_leaves(flat, layout)
+    length = _agreed(known.stated | ({length} if length is not None else set()), type(native).__qualname__)
+    leaves = known.leaves
+    if length is None and known.windows:
+        length = read_length(leaves, chosen, None)
+    for name, count in known.windows:  # these are the last rows, or the first where there is room for more
+        leaves[name] = leaves[name]._replace(first=max((length or 0) - count, 0))
+    if length is not None:
+        check_room(known.rows, length)
+    elif all(leaf.role is SNAPSHOT for leaf in leaves.values()):
+        length = 0
+    node = _rename(flat.node, known.names) if layout is not None else flat.node
+    return KVState(leaves, node, chosen, length=length, ownership=Ownership.BORROWED, layout=layout)
+
+
+class _Known(NamedTuple):
+    """What containers and layout say of the leaves of a value.
+
+    Attributes:
+        leaves: By canonical name.
+        names: Canonical name by path, where a layout gave it.
+        rows: Name, rows and stride of each `TOKENS` leaf that may have room for more than the state has.
+        windows: Name and rows of each `WINDOW` leaf.
+        stated: Every length in tokens that something states.
+    """
+
+    leaves: dict[str, Leaf]
+    names: dict[str, str]
+    rows: list[tuple[str, int, int]]
+    windows: list[tuple[str, int]]
+    stated: set[int]
+
+
+def _read_leaves(flat: Flat, layout: KVLayout | None) -> _Known:
+    known = _Known({}, {}, [], [], set(flat.lengths))
+    leaves, names, rows, windows, stated = known
+    shapes = flat.adapter.check_all(list(flat.arrays.values()))
     for (path, array), shape in zip(flat.arrays.items(), shapes, strict=True):
         name, hint = path, flat.hints.get(path)
         if hint is None:
@@ -88,20 +121,14 @@ def adopt(
         again = next(name for path, name in names.items() if list(names.values()).count(name) > 1 or name in flat.hints)
         msg = f"the layout maps two leaves to {again!r}; give each a name of its own"
         raise StructureMismatchError(msg)
+    return known
+
+
+def _agreed(stated: set[int], kind: str) -> int | None:
     if len(stated) > 1:
-        msg = f"{type(native).__qualname__} states several lengths in tokens: {sorted(stated)}; pass the state whole, and its own length"
+        msg = f"{kind} states several lengths in tokens: {sorted(stated)}; pass the state whole, and its own length"
         raise LengthMismatchError(msg)
-    known = stated.pop() if stated else None
-    if known is None and windows:
-        known = read_length(leaves, chosen, None)
-    for name, count in windows:  # its rows are the last ones, or the first where there is room for more than the state has
-        leaves[name] = leaves[name]._replace(first=max((known or 0) - count, 0))
-    node = _rename(flat.node, names) if layout is not None else flat.node
-    if known is not None:
-        check_room(rows, known)
-    elif all(leaf.role is SNAPSHOT for leaf in leaves.values()):
-        known = 0
-    return KVState(leaves, node, chosen, length=known, ownership=Ownership.BORROWED, layout=layout)
+    return next(iter(stated), None)
 
 
 _leaf = functools.partial(tuple.__new__, Leaf)  # takes all five fields, at a third of the time of Leaf(...)

@@ -42,7 +42,7 @@ def main() -> int:
     loops.keep_compiled(smollm2.kept_copy() / "compiled")
     results: dict[str, Result] = {}
     with Progress(console=console) as progress:
-        task = progress.add_task("loading SmolLM2-135M-Instruct", total=1 + 3 * len(("cold", "warm", "evict")) + 2)
+        task = progress.add_task("loading SmolLM2-135M-Instruct", total=1 + 3 * 3 + 2)
 
         def say(what: str) -> None:
             progress.update(task, description=what, advance=1)

@@ -317,6 +317,17 @@ class TestDonation:
         assert not view.any()
         assert filled["k"][0, :, 0, 0].tolist() == [1.0] * 8 + [0.0] * 8
 
+    def test_a_template_over_memory_of_numpy_is_not_written(self) -> None:
+        raw = np.zeros(16 * 8 + 16, np.float32)
+        lent = raw[-raw.ctypes.data % 64 // 4 :][: 16 * 8].reshape(
+            1, 16, 2, 4
+        )  # aligned, so that JAX takes it as it is
+        template = {"k": jax.device_put(lent), "v": jnp.zeros((1, 16, 2, 4))}
+        assert template["k"].unsafe_buffer_pointer() == lent.ctypes.data
+        filled = wrap(kv(8, 1.0), layout=KV).unwrap(like=template)
+        assert filled["k"][0, :, 0, 0].tolist() == [1.0] * 8 + [0.0] * 8
+        assert not lent.any()
+
     @pytest.mark.parametrize(
         "alias",
         [
