@@ -378,7 +378,8 @@ class StateCache(Cache):
     def current_bytes(self) -> int:
         """Physical bytes of the entries and of what is deferred, each byte once."""
         _raise_all(self._drain())
-        return self._ledger.total
+        with self._lock:
+            return self._ledger.total
 
     def stats(self) -> StateCacheStats:
         """Return what the cache holds and did. Linear in entries and arrays; other threads wait meanwhile."""

@@ -9,7 +9,7 @@ of the time of eager slices. On other devices they are JAX operations.
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from agnostic_cache.errors import DeletedArrayError, UnsupportedArrayError, UnsupportedDtypeError
+from agnostic_cache.errors import (
+    DeletedArrayError,
+    StructureMismatchError,
+    UnsupportedArrayError,
+    UnsupportedDtypeError,
+)
 from agnostic_cache.state.adapter import Adapter, ArraySpec, Fill, Opened, Storage
 from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.host import ALIGNMENT, HostArray
@@ -91,7 +96,7 @@ class JaxAdapter(Adapter):
         plain = np.ascontiguousarray(_host_view(array)).reshape(array.shape)
         if array.dtype.name in _PACKED:
             plain = plain.astype(_widened(array))  # NumPy leaves the upper half of a negative byte empty
-        memory = memoryview(plain.reshape(-1).view(np.uint8))
+        memory = plain.reshape(-1).view(np.uint8).data
         return HostArray(spec.shape, spec.dtype, memory, (plain.ctypes.data, plain.nbytes))
 
     def from_host(self, host: HostArray) -> jax.Array:
@@ -114,7 +119,8 @@ class JaxAdapter(Adapter):
     def import_dlpack(self, exported: Any) -> jax.Array:
         """Return an array over the exported memory."""
         self._check_width(str(exported.dtype).rpartition(".")[2])
-        return jax.dlpack.from_dlpack(exported).block_until_ready()  # an unaligned source is copied asynchronously
+        imported: jax.Array = jax.dlpack.from_dlpack(exported)
+        return imported.block_until_ready()  # an unaligned source is copied asynchronously
 
     def release(self, arrays: Sequence[jax.Array]) -> int:
         """Delete each array that is not deleted yet, and count its buffers."""
@@ -179,14 +185,16 @@ class JaxAdapter(Adapter):
 
     def with_counter(self, array: jax.Array, value: int) -> jax.Array:
         """See `Adapter.with_counter`."""
-        return jax.device_put(np.full(array.shape, value, array.dtype), array.sharding)
+        filled: jax.Array = jax.device_put(np.full(array.shape, value, array.dtype), array.sharding)
+        return filled
 
     def place(self, array: jax.Array, device: str) -> jax.Array:
         """Return a copy on a device, named ``<platform>:<id>``."""
         found = {f"{d.platform}:{d.id}": d for d in (*jax.devices(), *jax.devices("cpu"))}
         if device not in found:
-            return super().place(array, device)
-        return jax.device_put(array, found[device], may_alias=False)
+            raise _no_device(device, sorted(found))
+        placed: jax.Array = jax.device_put(array, found[device], may_alias=False)
+        return placed
 
     def fill_all(self, fills: Sequence[Fill]) -> list[jax.Array]:
         """Write into the buffers that the caller gave up; the old handles are deleted, as by donation.
@@ -274,7 +282,7 @@ class JaxAdapter(Adapter):
             raise DeletedArrayError(msg)
 
     def _check_width(self, name: str) -> None:
-        if name in _WIDE and not jax.config.jax_enable_x64:
+        if name in _WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             msg = (
                 f"JAX holds no {name} here and would narrow it silently; set jax_enable_x64, or convert the state first"
             )
@@ -283,9 +291,14 @@ class JaxAdapter(Adapter):
     def _device_name(self, array: jax.Array) -> str:
         name = self._devices.get(array.sharding)
         if name is None:
-            names = sorted(f"{device.platform}:{device.id}" for device in array.sharding.device_set)
+            devices: Iterable[Any] = array.sharding.device_set
+            names = sorted(f"{device.platform}:{device.id}" for device in devices)
             name = self._devices.setdefault(array.sharding, ",".join(names))
         return name
+
+
+def _no_device(device: str, known: list[str]) -> StructureMismatchError:
+    return StructureMismatchError(f"JAX has no device {device!r} here; known: {', '.join(known)}")
 
 
 class _AbstractAdapter(JaxAdapter):
@@ -304,7 +317,8 @@ def _key_name(path: tuple[Any, ...]) -> str:
 
 def _on_host(array: jax.Array) -> bool:
     sharding = array.sharding
-    return type(sharding) is SingleDeviceSharding and next(iter(sharding.device_set)).platform == "cpu"
+    devices: Iterable[Any] = sharding.device_set
+    return type(sharding) is SingleDeviceSharding and all(device.platform == "cpu" for device in devices)
 
 
 def _host_view(array: jax.Array) -> np.ndarray[Any, Any]:
@@ -338,7 +352,8 @@ def _compact(view: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _take(private: np.ndarray[Any, Any], where: Sharding | None = None) -> jax.Array:
     """An array over memory that is never written again; waits, because what is not aligned is copied later."""
-    return jax.device_put(private, where).block_until_ready()
+    taken: jax.Array = jax.device_put(private, where).block_until_ready()
+    return taken
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -365,7 +380,7 @@ def _writable(array: jax.Array) -> np.ndarray[Any, Any]:
     """The memory of an array whose one handle is ours."""
     nbytes = array.size * array.dtype.itemsize
     buffer = (ctypes.c_ubyte * nbytes).from_address(array.unsafe_buffer_pointer())
-    return np.frombuffer(buffer, np.uint8).view(array.dtype).reshape(array.shape)
+    return np.frombuffer(memoryview(buffer), np.uint8).view(array.dtype).reshape(array.shape)
 
 
 adapter = JaxAdapter()

@@ -85,7 +85,7 @@ class TorchAdapter(Adapter):
         host = array.detach().cpu().contiguous()
         if not host.numel():
             return HostArray.empty(spec.shape, spec.dtype)
-        buffer = (_Bytes * spec.nbytes).from_address(host.data_ptr())
+        buffer: Any = (_Bytes * spec.nbytes).from_address(host.data_ptr())
         buffer.owner = host  # the view keeps the tensor's memory alive
         storage = host.untyped_storage()
         return HostArray(spec.shape, spec.dtype, memoryview(buffer).cast("B"), (storage.data_ptr(), storage.nbytes()))
@@ -112,7 +112,7 @@ class TorchAdapter(Adapter):
         """Return a tensor over the exported memory; waits until that is computed."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the memory is read-only: nobody here writes it
-            return torch.from_dlpack(exported)
+            return torch.utils.dlpack.from_dlpack(exported)
 
     def release(self, arrays: Sequence[torch.Tensor]) -> int:
         """Drop the references, and count the storages that died with them."""
@@ -123,12 +123,12 @@ class TorchAdapter(Adapter):
             if array.layout is not torch.strided:
                 continue  # `on_evict` drops what no cache would have kept
             storage = array.untyped_storage()
-            held[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+            held[storage.data_ptr()] = (_alive(storage), storage.nbytes())
             cuda = cuda or array.is_cuda
         del array, storage
         if isinstance(arrays, list):
             arrays.clear()
-        freed = sum(nbytes for reference, nbytes in held.values() if reference.expired())
+        freed = sum(nbytes for alive, nbytes in held.values() if not alive())
         if cuda and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > WATERMARK_BYTES:
             torch.cuda.empty_cache()
         return freed
@@ -161,7 +161,7 @@ class TorchAdapter(Adapter):
     def watch(self, arrays: Sequence[torch.Tensor]) -> list[tuple[int, Callable[[], bool]]]:
         """Watch storages through weak references."""
         storages = {s.data_ptr(): s for s in (array.untyped_storage() for array in arrays)}
-        return [(s.nbytes(), _alive(StorageWeakRef(s))) for s in storages.values()]
+        return [(s.nbytes(), _alive(s)) for s in storages.values()]
 
     def copy_all(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Clone each tensor, contiguous. On CPU that is as fast as one ``np.copy`` of all (measured)."""
@@ -237,7 +237,8 @@ def _refusal(array: torch.Tensor) -> UnsupportedArrayError | UnsupportedDtypeErr
     return UnsupportedArrayError(f"a {array.dtype} tensor of shape {tuple(array.shape)} cannot be kept: it {why}")
 
 
-def _alive(reference: StorageWeakRef) -> Callable[[], bool]:
+def _alive(storage: torch.UntypedStorage) -> Callable[[], bool]:
+    reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
     return lambda: not reference.expired()
 
 

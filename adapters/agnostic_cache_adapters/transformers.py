@@ -31,7 +31,7 @@ _LAYERS = (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMix
 class TransformersAdapter(TorchAdapter):
     """PyTorch, with the containers of Hugging Face transformers 5."""
 
-    def open(self, value: object) -> Opened | None:
+    def open(self, value: Any) -> Opened | None:
         """Take a cache or a layer apart; canonical leaf names are ``layers.0.key`` and ``layers.0.value``."""
         kind = type(value)
         if kind is cache_utils.DynamicLayer:

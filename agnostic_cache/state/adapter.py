@@ -325,18 +325,18 @@ class Adapter(ABC):
 
 
 class Fill(NamedTuple):
-    """One write of `Adapter.fill_all`: ``target[index] = transpose(source[source_index], order)``.
+    """One write of `Adapter.fill_all`: ``target[at] = transpose(source[source_at], order)``.
 
     Attributes:
         target: The buffer, which the caller gave up.
-        index: An int (a layer of a stacked buffer) or a slice per axis of the target.
+        at: An int (a layer of a stacked buffer) or a slice per axis of the target.
         source: What to write. Never written.
-        source_index: An int or a slice per axis of the source.
-        order: Axes of ``source[source_index]`` in the order of ``target[index]``.
+        source_at: An int or a slice per axis of the source.
+        order: Axes of ``source[source_at]`` in the order of ``target[at]``.
     """
 
     target: Array
-    index: tuple[int | slice, ...]
+    at: tuple[int | slice, ...]
     source: Array
-    source_index: tuple[int | slice, ...]
+    source_at: tuple[int | slice, ...]
     order: tuple[int, ...]

@@ -67,8 +67,8 @@ class Dtype(enum.StrEnum):
             UnsupportedDtypeError: No such row.
         """
         try:
-            return cls(name)
-        except ValueError:
+            return cls._value2member_map_[name]  # type: ignore[return-value]
+        except KeyError:
             known = ", ".join(cls)
             msg = f"dtype {name!r} is not in the table; convert the array to one of {known}"
             raise UnsupportedDtypeError(msg) from None

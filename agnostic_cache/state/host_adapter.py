@@ -49,7 +49,7 @@ class HostAdapter(Adapter):
             StructureMismatchError: The axes of a source and its target are in different orders.
         """
         for fill in fills:
-            stacked = any(isinstance(part, int) for part in (*fill.index, *fill.source_index))
+            stacked = any(isinstance(part, int) for part in (*fill.at, *fill.source_at))
             if stacked or list(fill.order) != list(range(len(fill.order))):
                 msg = (
                     f"host arrays cannot be stacked or transposed to axes {fill.order}; give the template the "
@@ -65,7 +65,8 @@ class HostAdapter(Adapter):
                 target.memory[:] = source.memory
             else:
                 start, stop, _ = source_rows.indices(source.shape[axis])
-                copy_rows(target, target_rows.start, source, start, stop, axis)
+                first, _, _ = target_rows.indices(target.shape[axis])
+                copy_rows(target, first, source, start, stop, axis)
         return [fill.target for fill in fills]
 
     def release(self, arrays: Sequence[Array]) -> int:

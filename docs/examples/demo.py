@@ -9,6 +9,7 @@ token that differs, or a byte that does not come back, makes the program exit wi
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -67,7 +68,7 @@ def main() -> int:
             say(f"{source.name} has prefilled, {target.name} goes on")
             crossed = cross(states[source.name], target, document, questions, answers[target.name])
             results[f"{source.name}_to_{target.name}"] = crossed
-    show(console, results, [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers["torch"]])
+    show(console, results, [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers["torch"]])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     right = all(result["tokens_equal"] for result in results.values())
@@ -139,8 +140,8 @@ def cross(
         crossed = prefilled.to(target.framework)
         seconds.append(time.perf_counter() - begin)
         zero_copy, copied = shared_bytes(prefilled, crossed)
-        native = crossed.unwrap(like=target.template(), layout=target.layout)
-        answers.append(target.warm(lambda native=native: native, document, question, NEW_TOKENS).ids)
+        native = functools.partial(crossed.unwrap, like=target.template(), layout=target.layout)
+        answers.append(target.warm(native, document, question, NEW_TOKENS).ids)
     return {
         "tokens_equal": answers == expected,
         "zero_copy_bytes": zero_copy,

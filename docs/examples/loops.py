@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from transformers import LlamaForCausalLM
-
     from smollm2 import Weights
 
 CHUNK = llama_jax.CHUNK
@@ -89,7 +87,7 @@ class TorchLoop(Loop):
     name: ClassVar[str] = "torch"
     framework: ClassVar[str] = "torch"
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         """Take a model in eval mode."""
         self.model = model
 

@@ -44,7 +44,7 @@ def test_warm_time_to_first_token(
     cache.put("document", state)
     prompt = torch.tensor([tokens[: 2048 + new]])
 
-    def first_token(fork: DynamicCache) -> int:
+    def first_token(fork: DynamicCache | None) -> int:
         with torch.inference_mode():
             ids = model.generate(
                 prompt,

@@ -30,7 +30,10 @@ def tensors(leaves: int) -> dict[str, torch.Tensor]:
 
 def arrays(leaves: int) -> dict[str, jax.Array]:
     """A state of 256 MB."""
-    return jax.block_until_ready({f"leaf {i}": jnp.ones(NBYTES // 4 // leaves) for i in range(leaves)})
+    state: dict[str, jax.Array] = jax.block_until_ready(
+        {f"leaf {i}": jnp.ones(NBYTES // 4 // leaves) for i in range(leaves)}
+    )
+    return state
 
 
 def dynamic(leaves: int) -> DynamicCache:

@@ -164,7 +164,7 @@ def test_what_is_said_of_names_is_kept() -> None:
     [
         lambda n: {"x": ((n // n,), Dtype.INT8)},
         lambda n: {f"x{n}": ((n,), Dtype.INT8)},
-        lambda n: {"x": ((1,) * (n % 3), Dtype.INT8)},
+        lambda n: {"x": ((n, *(1,) * (n % 3)), Dtype.INT8)},
         lambda _: {},
     ],
     ids=["nothing follows", "other leaves", "other rank", "no leaves"],

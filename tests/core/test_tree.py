@@ -34,6 +34,7 @@ class Record:
     later: Any = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        assert self.key is not None
         assert self.name != "broken"
 
 
