@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from agnostic_cache.errors import (
@@ -126,7 +127,7 @@ class JaxAdapter(Adapter):
         """Delete each array that is not deleted yet, and count its buffers."""
         freed = 0
         for array in arrays:
-            if not isinstance(array, jax.core.Tracer) and not array.is_deleted():
+            if not isinstance(array, Tracer) and not array.is_deleted():
                 freed += sum(storage.nbytes for storage in self.storages(array))
                 array.delete()
         if isinstance(arrays, list):
@@ -271,7 +272,7 @@ class JaxAdapter(Adapter):
         return apart
 
     def _check(self, array: jax.Array) -> None:
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             msg = "a JAX array inside jit is a tracer and holds no data; call the cache outside of the jitted function"
             raise UnsupportedArrayError(msg)
         if array.is_deleted():

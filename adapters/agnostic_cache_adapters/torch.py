@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack
 
 from agnostic_cache.errors import StructureMismatchError, UnsupportedArrayError, UnsupportedDtypeError
 from agnostic_cache.state.adapter import Adapter, ArraySpec, Fill, Storage
@@ -112,7 +113,7 @@ class TorchAdapter(Adapter):
         """Return a tensor over the exported memory; waits until that is computed."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the memory is read-only: nobody here writes it
-            return torch.utils.dlpack.from_dlpack(exported)
+            return from_dlpack(exported)
 
     def release(self, arrays: Sequence[torch.Tensor]) -> int:
         """Drop the references, and count the storages that died with them."""

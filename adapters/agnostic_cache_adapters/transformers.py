@@ -23,7 +23,7 @@ __all__ = ["TransformersAdapter", "adapter", "on_evict"]
 _AXES = ("batch", "heads", "tokens", "dim")
 _CACHES = {"DynamicCache": cache_utils.DynamicCache}
 _DYNAMIC = {"class": "DynamicLayer"}
-_GROWING = dict.fromkeys(("key", "value"), Hint(TOKENS(2), _AXES, frozen=True))
+_GROWING: dict[str, Hint] = dict.fromkeys(("key", "value"), Hint(TOKENS(2), _AXES, frozen=True))
 _CACHE, _LAYER = "transformers.cache", "transformers.layer"
 _LAYERS = (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMixin, cache_utils.DummyLayer)
 
@@ -40,14 +40,15 @@ class TransformersAdapter(TorchAdapter):
             held = {name: child for name, child in vars(value).items() if name == "layers" or _holds_tensor(child)}
             return Opened(_CACHE, held, kind.__name__, native=_shell(value, held))
         if kind is cache_utils.DynamicSlidingWindowLayer:
+            layer: Any = value
             # The window counts the current token, so one row less of the past is needed.
-            hint = Hint(WINDOW(2, value.sliding_window - 1), _AXES, frozen=True)
+            hint = Hint(WINDOW(2, layer.sliding_window - 1), _AXES, frozen=True)
             data = {
                 "class": "DynamicSlidingWindowLayer",
-                "sliding_window": value.sliding_window,
-                "record_past": value.record_past,
+                "sliding_window": layer.sliding_window,
+                "record_past": layer.record_past,
             }
-            return _open_attention(value, {"key": hint, "value": hint}, data, value.cumulative_length)
+            return _open_attention(layer, {"key": hint, "value": hint}, data, layer.cumulative_length)
         if isinstance(value, _LAYERS):
             return _open_unknown(value)
         return None
@@ -74,10 +75,10 @@ class TransformersAdapter(TorchAdapter):
         msg = f"a layer of class {name} cannot be rebuilt from its name alone; pass like= with a fresh one"
         raise StructureMismatchError(msg)
 
-    def prepare_like(self, like: object, length: int, layers: int) -> object:
+    def prepare_like(self, like: Any, length: int, layers: int) -> object:
         """Give a bare ``DynamicCache()`` as many layers as the state has."""
         if isinstance(like, cache_utils.DynamicCache) and not like.layers and like.layer_class_to_replicate is not None:
-            like.layers = [like.layer_class_to_replicate() for _ in range(layers)]
+            like.layers.extend(like.layer_class_to_replicate() for _ in range(layers))
         return super().prepare_like(like, length, layers)
 
     def take_apart(self, value: object) -> list[Any] | None:

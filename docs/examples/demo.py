@@ -36,7 +36,7 @@ Result = dict[str, Any]
 
 def main() -> int:
     """Run the demo; return 0 where every token is equal and every byte came back."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     console = Console()

@@ -129,8 +129,9 @@ def _forward(params: Params, tokens: jax.Array, cache: Cache, start: jax.Array) 
     # Causal, and blind to the rows that are not written yet; shape (tokens, max_len).
     visible = jnp.arange(cache["layer_0"]["k"].shape[1]) <= positions[:, None]
     with _rope_theta(model.config.rope_theta):
-        logits, cache = model(tokens[None], positions[None], cache, visible[None])
-    return logits[0, -1], cache
+        computed: tuple[jax.Array, Any] = model(tokens[None], positions[None], cache, visible[None])
+    logits, filled = computed
+    return logits[0, -1], filled
 
 
 @contextmanager

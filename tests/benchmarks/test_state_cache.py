@@ -40,7 +40,8 @@ def dynamic(leaves: int) -> DynamicCache:
     """A state of 256 MB."""
     cache = DynamicCache()
     for layer in range(leaves // 2):
-        cache.update(*torch.ones(2, 1, 4, NBYTES // 4 // 4 // 64 // leaves, 64), layer)
+        keys, values = torch.ones(2, 1, 4, NBYTES // 4 // 4 // 64 // leaves, 64)
+        cache.update(keys, values, layer)
     return cache
 
 
@@ -133,7 +134,8 @@ def test_borrow(race: Race, report: Report) -> None:
 
     cache, state = StateCache("1GiB"), DynamicCache()
     for layer in range(LAYERS):
-        state.update(*torch.ones(2, 1, 3, 8, 64), layer)
+        keys, values = torch.ones(2, 1, 3, 8, 64)
+        state.update(keys, values, layer)
     cache.put("a", state)
     seconds = race({"raw": raw, "native": native}, rounds=100, inner=20)
     report("borrow(raw=True)", seconds["raw"], None, 3e-6)

@@ -100,7 +100,7 @@ class Model(RuleBasedStateMachine):
         self.deferred += [entry for entry in leaving if entry.leases]
         freed = [entry for entry in leaving if not entry.leases]
         if self.on_evict:
-            self.expected += [[*entry.fill] for entry in freed]
+            self.expected.extend([*entry.fill] for entry in freed)
         return len(freed)
 
     def call(self, do: Callable[[], Any], freed: int, *others: type[BaseException]) -> Any:

@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,7 @@ def test_a_document_is_computed_once_and_answers_are_the_same() -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8
     )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval()
     example = runpy.run_path(str(EXAMPLE))
     document, questions = list(range(3, 40)), [[50, 51], [52], [53, 54, 55], [50, 51]]
     for question in questions:

@@ -36,7 +36,8 @@ def model() -> Iterator[Any]:
 def kv(value: float = 0.0) -> DynamicCache:
     cache = DynamicCache()
     for layer in range(LAYERS):
-        cache.update(*torch.full((2, 1, 2, TOKENS, 8), value), layer)
+        keys, values = torch.full((2, 1, 2, TOKENS, 8), value)
+        cache.update(keys, values, layer)
     return cache
 
 
