@@ -81,7 +81,7 @@ class _Entry:
         self.borrows = 0
         self.pins = 0
         self.listed = False
-        self.shares = False  # is handed out, but other entries hold some of its arrays too
+        self.shares = False  # left, and other entries hold some of its arrays
 
 
 class StateCache(Cache):
@@ -318,8 +318,9 @@ class StateCache(Cache):
             del self._entries[key]
             entry.listed = False
             alone = self._ledger.drop(entry.storages)
-            if len(alone) < len(entry.storages):
-                self._keep_for_others(entry)
+            entry.shares = len(alone) < len(entry.storages)
+            if entry.shares:
+                self._ledger.add(entry.storages)  # until `_hand_out` has copied what other entries hold too
             self._hits += 1
         return self._hand_out(entry)
 
@@ -458,17 +459,13 @@ class StateCache(Cache):
     def _count_leaving(self, entry: _Entry) -> None:
         """Move the bytes that only this entry holds from the ledger to what is being freed. The lock is held."""
         alone = self._ledger.drop(entry.storages)
-        if self._on_evict is not None and len(alone) < len(entry.storages):
-            self._keep_for_others(entry)
+        entry.shares = len(alone) < len(entry.storages)
+        if entry.shares and self._on_evict is not None:
+            self._ledger.add(entry.storages)  # until `_hand_out` has copied what other entries hold too
             return
         entry.storages = alone
         for storage in alone:
             self._releasing[storage.device] = self._releasing.get(storage.device, 0) + storage.nbytes
-
-    def _keep_for_others(self, entry: _Entry) -> None:
-        """Put a leaving entry back on the ledger until `_hand_out` has copied what other entries hold too."""
-        self._ledger.add(entry.storages)
-        entry.shares = True
 
     def _hand_out(self, entry: _Entry) -> Any:
         """Return the value of an entry that left, to somebody who will use it up: other entries keep their arrays."""
@@ -507,7 +504,7 @@ class StateCache(Cache):
             except BaseException as error:  # noqa: BLE001 - must not keep other victims in memory
                 errors.append(error)
             finally:
-                if not entry.shares:
+                if self._on_evict is None or not entry.shares:
                     with self._lock:
                         for storage in entry.storages:
                             self._releasing[storage.device] -= storage.nbytes

@@ -170,7 +170,7 @@ class TorchAdapter(Adapter):
         return [self._copy(array) for array in arrays]
 
     def _copy(self, array: torch.Tensor) -> torch.Tensor:
-        plain = type(array) is torch.Tensor and array.is_cpu and array.is_contiguous()
+        plain = type(array) is torch.Tensor and array.is_cpu and array.is_contiguous() and not array.is_neg()
         if not plain or array.nbytes < _LARGE_BYTES:
             return array.clone(memory_format=torch.contiguous_format)
         # Huge pages, and one thread, which leaves the others to whoever computes meanwhile. On two shared cores `clone`

@@ -9,7 +9,7 @@ import enum
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError, UnknownValueError
 from agnostic_cache.state.adapter import Adapter, Array, Opened
@@ -101,8 +101,7 @@ def flatten(value: object, adapter: Adapter | None = None) -> Flat:
     """
     found = adapter if adapter is not None else adapter_for(value)
     walk = _Walk(found)
-    node = walk.visit(value, "")
-    return walk.flat._replace(node=node)
+    return Flat(walk.visit(value, ""), walk.arrays, walk.hints, walk.vacant, walk.lengths, found)
 
 
 def _below(path: str, key: object) -> str:
@@ -118,12 +117,15 @@ class _Walk:
         self.adapter = adapter
         self.is_array = adapter.is_array
         self.containers: set[type] = {dict, list, tuple}  # no arrays for sure; of many layers, the first is asked
-        self.flat = Flat(Node("const"), {}, {}, [], [], adapter)
+        self.arrays: dict[str, Array] = {}
+        self.hints: dict[str, Hint] = {}
+        self.vacant: list[str] = []
+        self.lengths: list[int] = []
 
     def visit(self, value: Any, path: str) -> Node:
         if not self.is_array(value):
             return self._container(value, path)
-        self.flat.arrays[path or "value"] = value
+        self.arrays[path or "value"] = value
         return Node("leaf", path or "value")
 
     def _container(self, value: Any, path: str) -> Node:  # noqa: PLR0911 - one return per kind of node reads best
@@ -136,7 +138,7 @@ class _Walk:
             return _node((kind.__name__, None, keys, self._children(keys, value, path), None))
         if value is None or kind in _SCALARS:
             if type(value) is int and path.rsplit(".", 1)[-1] in LENGTH_NAMES:
-                self.flat.lengths.append(value)
+                self.lengths.append(value)
                 return Node("length")
             return Node("const", value)
         if isinstance(value, tuple) and (names := getattr(value, "_fields", None)) is not None:
@@ -163,13 +165,13 @@ class _Walk:
                 msg = f"a dict key at {path or 'the top'!r} is {bad[0]!r}; use str or int keys in a state"
                 raise UnknownValueError(msg)
             names, leaves = _named_leaves(path, keys)  # a bool, say, which a memory would take for an int
-        nodes, is_array, arrays, containers = list(leaves), self.is_array, self.flat.arrays, self.containers
+        nodes, is_array, arrays, containers = list(leaves), self.is_array, self.arrays, self.containers
         for i, child in enumerate(values):
             name = names[i]
             if hints and (hint := hints.get(keys[i])) is not None:
-                self.flat.hints[name] = hint
+                self.hints[name] = hint
                 if child is None:
-                    self.flat.vacant.append(name)
+                    self.vacant.append(name)
                     continue
             elif type(child) in containers or not is_array(child):
                 nodes[i] = self._container(child, name)
@@ -188,7 +190,7 @@ class _Walk:
     def _opened(self, opened: Opened, path: str) -> Node:
         kind, children, data, hints, length, native = opened
         if length is not None:
-            self.flat.lengths.append(length)
+            self.lengths.append(length)
         keys = tuple(children)
         return _node((kind, data, keys, self._children(keys, children.values(), path, hints), native))
 
@@ -242,7 +244,8 @@ def build(node: Node, arrays: Mapping[str, Array], length: int, adapter: Adapter
     if kind == "tuple":
         return tuple(children)
     if kind not in {"namedtuple", "dataclass"}:
-        return adapter.close(kind, dict(zip(map(str, keys), children, strict=True)), data, length, native)
+        names = cast("tuple[str, ...]", keys)
+        return adapter.close(kind, dict(zip(names, children, strict=True)), data, length, native)
     if native is None:
         msg = f"{kind} {data} cannot be rebuilt from its name alone; pass like= with a fresh one"
         raise StructureMismatchError(msg)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tunix.models.llama3 import model as llama3
-from tunix.models.llama3.params import create_model_from_safe_tensors
+from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
+from tunix.models.llama3.params import create_model_from_safe_tensors  # pyright: ignore[reportMissingImports]
 
 from smollm2 import Config, kept_copy
 

@@ -104,6 +104,16 @@ def test_an_array_in_two_entries_is_deleted_with_the_last() -> None:
     assert deleted(shared, one, other) == [True] * 3
 
 
+def test_an_array_of_no_bytes_in_two_entries_is_left_to_the_other() -> None:
+    cache = StateCache("1MiB")
+    empty = jnp.zeros((0, 8))
+    cache.put("a", {"x": empty, "y": jnp.ones(8)}, move=True)
+    cache.put("b", {"x": empty, "y": jnp.ones(8)}, move=True)
+    cache.remove("a")
+    assert deleted(empty) == [False]
+    assert cache.get("b") is not None
+
+
 def test_who_pops_may_donate_what_another_entry_holds_too() -> None:
     cache = StateCache("1MiB")
     shared, one = jnp.full(64, 1.0), jnp.full(64, 2.0)

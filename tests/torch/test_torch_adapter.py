@@ -111,6 +111,22 @@ class TestSpecialTensors:
             assert copied.is_contiguous()
             assert torch.equal(copied, tensor)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.bool])
+    def test_a_large_tensor_is_copied_as_a_small_one(self, dtype: torch.dtype) -> None:
+        whole = torch.randint(0, 2, (3, 1 << 20), dtype=torch.uint8).view(dtype)
+        for source in (whole, whole[1:], whole.t(), whole[:, ::2]):
+            before = live_bytes()
+            state = wrap({"a": source}).copy()
+            assert live_bytes() - before == state.nbytes == source.nbytes
+            leaf, wanted = state.leaves["a"], source.contiguous()
+            assert leaf.array.is_contiguous()
+            assert torch.equal(leaf.array.view(torch.uint8), wanted.view(torch.uint8))
+            leaf.array.view(torch.uint8).fill_(3)  # it is ours to write
+            assert wanted.view(torch.uint8).max() <= 1
+            del leaf, wanted
+            assert state.release() == source.nbytes
+            assert live_bytes() == before
+
     def test_constants_of_torch_ride_along(self) -> None:
         value = {"a": torch.ones(2), "dtype": torch.float16, "device": torch.device("cpu"), "shape": torch.Size([1])}
         native = wrap(value).copy().unwrap()
