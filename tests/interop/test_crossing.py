@@ -216,6 +216,24 @@ class TestNobodyWritesWhatCrossed:
             key.zero_()
             assert crossed.leaves["layers.0.key"].array.any()
 
+    def test_extents_of_one_make_no_layout_of_their_own(self) -> None:
+        cache = DynamicCache()
+        cache.update(torch.rand(1, 1, 4, 16), torch.rand(1, 1, 4, 16), 0)
+        held: Any = cache.layers[0]
+        held.keys = held.keys.as_strided((1, 1, 4, 16), (7, 999, 16, 1))
+        crossed = wrap(cache).to("jax").leaves["layers.0.key"].array
+        assert pointer(crossed) == held.keys.data_ptr()
+        assert crossed.format.layout.major_to_minor == (0, 1, 2, 3)  # another one would compile another program
+
+    def test_an_import_is_finished_when_it_returns(self) -> None:
+        unaligned = torch.zeros((1 << 23) + 1)[1:]
+        assert TORCH.adapter.export_dlpack(unaligned).data_ptr() % 64 == 0  # type: ignore[attr-defined]
+        for _ in range(3):
+            unaligned.zero_()
+            array = JAX.adapter.import_dlpack(unaligned)  # type: ignore[attr-defined]
+            unaligned.fill_(7)  # JAX copies such memory in the background
+            assert not array.any()
+
     @pytest.mark.parametrize("owned", [False, True])
     def test_what_came_from_jax_may_be_written(self, *, owned: bool) -> None:
         array = jnp.zeros((4, 4))
