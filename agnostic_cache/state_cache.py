@@ -99,7 +99,9 @@ class StateCache(Cache):
     128
 
     Native in, native out: `put` takes a native value or a `KVState`, and the other methods hand back the type that was
-    put. Safe to use from several threads. In a forked child the cache is empty and frees nothing.
+    put. Safe to use from several threads, and from finalisers: what one of these gives back, removes or clears in the
+    middle of another call of its thread is done before the next call, and the rest finds nothing there. In a forked
+    child the cache is empty and frees nothing.
     """
 
     def __init__(
@@ -144,13 +146,16 @@ class StateCache(Cache):
         _caches.add(self)
 
     def _start(self) -> None:
-        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._lock = threading.RLock()  # guards everything below; held for dict operations and counting only
+        # The garbage collector runs finalisers anywhere, also in a thread that holds the lock. What these ask of the
+        # cache is put off where nobody waits for an answer (to give back, to remove, to clear), and denied otherwise.
+        self._in_finaliser: Callable[[], bool] = getattr(self._lock, "_is_owned")  # noqa: B009 - as threading.Condition
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # oldest first
         self._unlisted: set[_Entry] = set()  # left the listing, still borrowed
         self._ledger = Ledger()  # holds: one holder per entry of _entries and _unlisted
         self._reserved: dict[str, int] = {}  # promised to copies that are being made, per device
         self._releasing: dict[str, int] = {}  # dropped from the ledger, not freed yet, per device: no room yet
-        self._abandoned: deque[_Entry] = deque()  # borrows that were garbage-collected; appended without the lock
+        self._put_off: deque[tuple[Callable[[StateCache, Any], object], Any]] = deque()  # appended without the lock
         self._orphans: list[tuple[int, Callable[[], bool]]] = []  # evicted storages that forks keep: (size, alive)
         self._hits = self._misses = self._puts = self._refused = self._evictions = 0
 
@@ -178,6 +183,8 @@ class StateCache(Cache):
         state: KVState = value if as_state else adopt(value, adapter=self._adapter)
         if as_state:
             state.leaves  # noqa: B018 - raises where it is gone
+        if self._in_finaliser():
+            return PutStatus.ILLEGAL
         errors = self._drain()
         take = self._move_in if move else self._copy_in
         entry = take(key, state, errors, as_state=as_state)
@@ -306,6 +313,8 @@ class StateCache(Cache):
             BorrowedError: Somebody borrows it; it stays.
         """
         _check_key(key)
+        if self._in_finaliser():
+            return None
         _raise_all(self._drain())
         with self._lock:
             entry = self._entries.get(key)
@@ -331,6 +340,9 @@ class StateCache(Cache):
             Whether it was there.
         """
         _check_key(key)
+        if self._in_finaliser():
+            self._put_off.append((StateCache.remove, key))
+            return key in self._entries
         errors = self._drain()
         with self._lock:
             found = key in self._entries
@@ -341,6 +353,9 @@ class StateCache(Cache):
 
     def clear(self) -> None:
         """Do `remove` to every entry, pinned ones included."""
+        if self._in_finaliser():
+            self._put_off.extend((StateCache.remove, key) for key in list(self._entries))
+            return
         errors = self._drain()
         with self._lock:
             leaving = [entry for key in list(self._entries) for entry in self._unlist(key)]
@@ -352,6 +367,7 @@ class StateCache(Cache):
     def contains(self, key: Key) -> bool:
         """Say whether `key` is there, without making it newer."""
         _check_key(key)
+        _raise_all(self._drain())
         with self._lock:
             return key in self._entries
 
@@ -365,6 +381,7 @@ class StateCache(Cache):
 
     def _pin(self, key: Key, step: int) -> bool:
         _check_key(key)
+        _raise_all(self._drain())
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -373,6 +390,7 @@ class StateCache(Cache):
 
     def current_size(self) -> int:
         """Return the number of entries."""
+        _raise_all(self._drain())
         return len(self._entries)
 
     @property
@@ -399,7 +417,9 @@ class StateCache(Cache):
     def _acquire(self, key: Key) -> _Entry | None:
         if type(key) is not str:
             _check_key(key)
-        if self._abandoned:
+        if self._in_finaliser():
+            return None
+        if self._put_off:
             _raise_all(self._drain())
         with self._lock:
             entry = self._entries.get(key)
@@ -412,6 +432,9 @@ class StateCache(Cache):
             return entry
 
     def _give_back(self, entry: _Entry) -> None:
+        if self._in_finaliser():
+            self._put_off.append((StateCache._give_back, entry))
+            return
         with self._lock:
             entry.borrows -= 1
             if entry.listed or entry.borrows or entry not in self._unlisted:
@@ -423,15 +446,15 @@ class StateCache(Cache):
         _raise_all(errors)
 
     def _drain(self) -> _Errors:
-        """Give back borrows that were garbage-collected without being closed; return what callbacks raised at that."""
+        """Do what finalisers asked for; return what callbacks raised at that."""
         errors: _Errors = []
-        while self._abandoned:
+        while self._put_off and not self._in_finaliser():
             try:
-                entry = self._abandoned.popleft()
+                do, what = self._put_off.popleft()
             except IndexError:  # another thread was faster
                 break
             try:
-                self._give_back(entry)
+                do(self, what)
             except BaseException as error:  # noqa: BLE001 - raised when the operation is done
                 errors.append(error)
         return errors
@@ -452,6 +475,9 @@ class StateCache(Cache):
 
     def _drop(self, entry: _Entry) -> None:
         """Unlist an entry that is borrowed, unless another has taken its place."""
+        if self._in_finaliser():
+            self._put_off.append((StateCache._drop, entry))
+            return
         with self._lock:
             if entry.listed:
                 self._unlist(entry.key)
@@ -598,7 +624,8 @@ class Borrow:
         """Give back what was never closed, and say so."""
         entry = getattr(self, "_entry", None)
         if entry is not None:
-            self._cache._abandoned.append(entry)  # no lock here: the collector may run while we hold it
+            # Not now: the collector may run this where its thread holds the lock.
+            self._cache._put_off.append((StateCache._give_back, entry))
             warnings.warn(
                 f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1
             )

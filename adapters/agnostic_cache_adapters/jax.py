@@ -155,7 +155,8 @@ class JaxAdapter(Adapter):
         """
         for array in arrays:
             self._check(array)
-        copies: list[jax.Array] = jax.device_put(list(arrays), [array.sharding for array in arrays], may_alias=False)
+        rows = [array if _is_row_major(array) else jnp.copy(array) for array in arrays]
+        copies: list[jax.Array] = jax.device_put(rows, [array.sharding for array in arrays], may_alias=False)
         return copies
 
     def cut_all(self, cuts: Sequence[tuple[jax.Array, int, int, int]]) -> list[jax.Array]:
@@ -314,6 +315,12 @@ def _key_name(path: tuple[Any, ...]) -> str:
         if hasattr(path[-1], attribute):
             return str(getattr(path[-1], attribute))
     return str(path[-1])
+
+
+def _is_row_major(array: Any) -> bool:
+    """Whether the elements lie in order. Arrays that DLPack brought need not, and `device_put` keeps their order."""
+    layout = array.format.layout
+    return layout is None or tuple(layout.major_to_minor) == tuple(range(array.ndim))
 
 
 def _on_host(array: jax.Array) -> bool:

@@ -311,10 +311,16 @@ class KVState:
 
     def lend(self) -> "KVState":
         """Return a state that borrows the leaves until `end` is called on it. Constant time."""
-        return KVState(
-            self._alive(), self._node, self._adapter, length=self._length, ownership=Ownership.BORROWED,
-            missing=self.missing, layout=self.layout,
-        )  # fmt: skip
+        lent = object.__new__(KVState)  # a call of the class, and of __init__ with keywords, takes 0.5 us more
+        lent._leaves = self._alive()
+        lent._node = self._node
+        lent._adapter = self._adapter
+        lent._length = self._length
+        lent._ownership = Ownership.BORROWED
+        lent._gone = None
+        lent.missing = self.missing
+        lent.layout = self.layout
+        return lent
 
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""

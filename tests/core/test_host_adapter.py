@@ -15,6 +15,7 @@ from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.state.registry import adapter_named, register_adapter
 from agnostic_cache.state.tree import Node, build
 from agnostic_cache.testing import AdapterSuite, ArraySuite, ContainerSuite, OwnershipSuite, RowsSuite, pattern
+from agnostic_cache.testing.container_suite import Entry, Pair
 from agnostic_cache.testing.subject import KV
 
 
@@ -148,3 +149,12 @@ def test_a_structure_from_bytes_is_rebuilt_without_any_class() -> None:
     arrays = {name: leaf.array for name, leaf in state.leaves.items()}
     built = build(Node.from_json(state.structure), arrays, 4, state.adapter)
     assert built == {"a": [array, (array, 3)], "cache_index": 4, "n": None}
+
+
+@pytest.mark.parametrize(
+    "part", [Dtype.INT8, Entry(None, None), Pair(None, None)], ids=["enum", "dataclass", "namedtuple"]
+)
+def test_what_a_structure_from_bytes_cannot_name_is_refused(part: object) -> None:
+    state = wrap({"a": HostArray.empty((4, 2), Dtype.INT8), "b": part})
+    with pytest.raises(StructureMismatchError):
+        build(Node.from_json(state.structure), {"a": state.leaves["a"].array}, 0, state.adapter)

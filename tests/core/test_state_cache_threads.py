@@ -1,10 +1,12 @@
-"""StateCache: in threads, in forked processes, and not in copies."""
+"""StateCache: in threads, in finalisers, in forked processes, and not in copies."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,13 +14,10 @@ from random import Random
 from typing import Any
 
 import pytest
-from host_memory import HostMemory, Waiting, check, fills
+from host_memory import HostMemory, Interrupted, Waiting, check, fills, keys
 
 from agnostic_cache import KVState, StateCache
-from agnostic_cache.errors import (
-    BorrowedError,
-    CacheCopyError,
-)
+from agnostic_cache.errors import BorrowedError, CacheCopyError
 from agnostic_cache.eviction import PutStatus
 
 LEGAL, ILLEGAL = PutStatus.LEGAL, PutStatus.ILLEGAL
@@ -247,3 +246,68 @@ def test_of_two_that_put_one_key_at_a_time_one_is_kept(pool: ThreadPoolExecutor)
     memory.wait = None
     check(cache, memory)
     assert cache.current_bytes == 64
+
+
+# --- finalisers ------------------------------------------------------------------------------------------------------
+
+
+def in_time(do: Callable[[], object]) -> None:
+    """Run it in a thread of its own, that need not be waited for where it blocks itself."""
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join(HANG_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_a_finaliser_may_call_in_the_middle_of_a_call() -> None:
+    def finaliser() -> None:
+        seen.append((cache.remove("a"), cache.remove("x"), cache.contains("b"), cache.pin("b"), cache.unpin("b")))
+        with cache.borrow("b") as lent:
+            seen.append((cache.get("b"), lent, cache.pop("b"), cache.put("d", memory.state(64))))
+        lease.__exit__(None, None, None)  # of a generator that is closed, say
+        seen.append(cache.stats().entries)
+
+    memory = Interrupted()
+    cache = memory.cache("abc")
+    lease = cache.borrow("c", raw=True)
+    lease.__enter__()
+    seen: list[object] = []
+    memory.finaliser = finaliser
+    in_time(cache.stats)
+    assert seen == [(True, False, True, True, True), (None, None, None, ILLEGAL), 3]
+    assert keys(cache) == "bc"
+    assert cache.stats().borrowed_bytes == 0
+    check(cache, memory)
+
+
+def test_a_finaliser_may_clear_in_the_middle_of_a_call() -> None:
+    memory = Interrupted()
+    cache = memory.cache("abc")
+    memory.finaliser = cache.clear
+    in_time(cache.stats)
+    assert cache.current_size() == 0
+    check(cache, memory)
+
+
+def test_the_garbage_collector_may_run_finalisers_anywhere(memory: HostMemory) -> None:
+    class Session:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def work() -> None:
+        for i in range(2000):
+            cache.put(i, memory.state(64), move=bool(i % 2))
+            weakref.finalize(Session(), cache.remove, i).atexit = False
+            with cache.borrow(i - 1):
+                cache.stats()
+
+    cache = StateCache(64 * 50, adapter=memory)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(37, 2, 2)
+    try:
+        in_time(work)
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    assert cache.current_size() == 0
+    check(cache, memory)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_subject
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_subject import JaxSubject
 from torch_subject import TorchSubject
 from transformers import DynamicCache, MistralConfig
@@ -353,6 +353,9 @@ class TestLayouts:
         tensor = torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
         array: Any = jax.dlpack.from_dlpack(tensor)
         assert array.format.layout.major_to_minor != (0, 1, 2)
+        copied: Any = only(wrap({"a": array}).copy())
+        assert copied.format.layout.major_to_minor == (0, 1, 2)
+        assert JAX.values(copied) == TORCH.values(tensor)
         for framework in ("torch", "host", "jax"):
             state = wrap({"a": array}, layout=KVLayout({"a": TOKENS(0)})).to(framework)
             assert state.adapter.to_host(only(state)).memory.tobytes() == TORCH.values(tensor)
@@ -368,8 +371,9 @@ class TestLayouts:
         assert (filled["a"] == 1).all()
         assert not tensor.any()  # JAX holds arrays to be constant: who lent it memory has not given that up
 
-    def test_sharded_arrays_cross(self) -> None:
-        mesh = jax.make_mesh((2,), ("heads",))
+    @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+    def test_sharded_arrays_cross(self, kind: AxisType) -> None:
+        mesh = jax.make_mesh((2,), ("heads",), axis_types=(kind,))
         array = jax.device_put(
             jnp.arange(64.0).reshape(1, 8, 2, 4), NamedSharding(mesh, PartitionSpec(None, None, "heads"))
         )

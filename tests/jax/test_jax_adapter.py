@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_subject import JaxSubject, live_bytes, make, values
 
 from agnostic_cache import KVLayout, KVState, SimpleLRUCache, wrap
@@ -368,9 +368,9 @@ class TestDonation:
 
 
 class TestShardedArrays:
-    @pytest.fixture
-    def shardings(self) -> list[NamedSharding]:
-        mesh = jax.make_mesh((2,), ("heads",))
+    @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
+    def shardings(self, request: pytest.FixtureRequest) -> list[NamedSharding]:
+        mesh = jax.make_mesh((2,), ("heads",), axis_types=(request.param,))
         return [NamedSharding(mesh, spec) for spec in (PartitionSpec(None, None, "heads"), PartitionSpec())]
 
     def test_every_shard_counts_and_is_freed(self, shardings: list[NamedSharding]) -> None:
