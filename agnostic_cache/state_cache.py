@@ -6,31 +6,21 @@ during a copy, a device call or a callback; an entry that is borrowed is never f
 
 import os
 import threading
-import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.cache import Cache
-from agnostic_cache.errors import (
-    BorrowedError,
-    BorrowViolationError,
-    CacheCopyError,
-    InvalidKeyError,
-    UnknownPolicyError,
-)
+from agnostic_cache.errors import BorrowedError, CacheCopyError, InvalidKeyError, UnknownPolicyError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.lease import Borrow, Entry, Key
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.state.adapter import Adapter, Storage
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.ledger import Ledger
 from agnostic_cache.state.wrapping import adopt
 from agnostic_cache.trace import Trace
-
-Key = str | int | bytes | tuple[Any, ...]
-"""A key: a str, int or bytes, or a tuple of keys."""
 
 
 class StateCacheStats(NamedTuple):
@@ -66,22 +56,6 @@ class StateCacheStats(NamedTuple):
 
 _Errors = list[BaseException]
 """What callbacks raised, to be raised when the operation is done."""
-
-
-class _Entry:
-    """One state in the cache. Guarded by the cache's lock, but for `state` itself, which never changes."""
-
-    __slots__ = ("as_state", "borrows", "key", "listed", "pins", "shares", "state", "storages")
-
-    def __init__(self, key: Key, state: KVState, storages: list[Storage], *, as_state: bool) -> None:
-        self.key = key
-        self.state = state
-        self.storages = storages
-        self.as_state = as_state  # a KVState was put: hand KVStates out
-        self.borrows = 0
-        self.pins = 0
-        self.listed = False
-        self.shares = False  # left, and other entries hold some of its arrays
 
 
 class StateCache(Cache):
@@ -150,11 +124,9 @@ class StateCache(Cache):
         # The garbage collector runs finalisers anywhere, also in a thread that holds the lock. What these ask of the
         # cache is put off where nobody waits for an answer (to give back, to remove, to clear), and denied otherwise.
         self._in_finaliser: Callable[[], bool] = getattr(self._lock, "_is_owned")  # noqa: B009 - as threading.Condition
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # oldest first
-        self._unlisted: set[_Entry] = set()  # left the listing, still borrowed
-        self._ledger = Ledger()  # holds: one holder per entry of _entries and _unlisted
-        self._reserved: dict[str, int] = {}  # promised to copies that are being made, per device
-        self._releasing: dict[str, int] = {}  # dropped from the ledger, not freed yet, per device: no room yet
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()  # oldest first
+        self._unlisted: set[Entry] = set()  # left the listing, still borrowed
+        self._ledger = Ledger(self._limits)  # holds: one holder per entry of _entries and _unlisted
         self._put_off: deque[tuple[Callable[[StateCache, Any], object], Any]] = deque()  # appended without the lock
         self._orphans: list[tuple[int, Callable[[], bool]]] = []  # evicted storages that forks keep: (size, alive)
         self._hits = self._misses = self._puts = self._refused = self._evictions = 0
@@ -187,13 +159,13 @@ class StateCache(Cache):
             return PutStatus.ILLEGAL
         errors = self._drain()
         take = self._move_in if move else self._copy_in
-        entry = take(key, state, errors, as_state=as_state)
+        entry = take(key, state, errors, as_state)
         if entry is not None and self._trace is not None:
             self._trace("state_cache.put", {"key": key, "nbytes": _nbytes(entry.storages), "moved": move})
         _raise_all(errors)
         return PutStatus.LEGAL if entry is not None else PutStatus.ILLEGAL
 
-    def _move_in(self, key: Key, state: KVState, errors: _Errors, *, as_state: bool) -> _Entry | None:
+    def _move_in(self, key: Key, state: KVState, errors: _Errors, as_state: bool) -> Entry | None:  # noqa: FBT001
         storages = state.storages()
         with self._lock:
             self._ledger.add(storages)
@@ -201,76 +173,68 @@ class StateCache(Cache):
             if leaving is None:
                 self._ledger.drop(storages)
                 return None
-            entry = _Entry(key, state.move(), storages, as_state=as_state)
+            entry = Entry(key, state.move(), storages, as_state=as_state)
             self._list(entry)
         self._evict(leaving, key, errors)
         return entry
 
-    def _copy_in(self, key: Key, state: KVState, errors: _Errors, *, as_state: bool) -> _Entry | None:
-        sizes = state.compact_nbytes()
+    def _copy_in(self, key: Key, state: KVState, errors: _Errors, as_state: bool) -> Entry | None:  # noqa: FBT001
+        sizes = state.compact_nbytes().items()
         with self._lock:
-            _add(self._reserved, sizes, 1)
+            self._ledger.promise(sizes)
             leaving = self._make_room(key)
             if leaving is None:
-                _add(self._reserved, sizes, -1)
+                self._ledger.settle(sizes)
                 return None
         try:
             self._evict(leaving, key, errors)
             copied = state.copy()
-            entry = _Entry(key, copied, copied.storages(), as_state=as_state)
+            entry = Entry(key, copied, copied.storages(), as_state=as_state)
         except BaseException as error:  # noqa: BLE001 - also an interrupt; raised with what callbacks raised
             with self._lock:
-                _add(self._reserved, sizes, -1)
+                self._ledger.settle(sizes)
             errors.append(error)
             return None
         with self._lock:
-            _add(self._reserved, sizes, -1)
+            self._ledger.settle(sizes)
             overtaken = self._unlist(key)  # another thread may have put the same key meanwhile
             self._ledger.add(entry.storages)
             self._list(entry)
         self._free(overtaken, errors)
         return entry
 
-    def _list(self, entry: _Entry) -> None:
+    def _list(self, entry: Entry) -> None:
         entry.listed = True
         self._entries[entry.key] = entry
         self._puts += 1
 
-    def _over(self, device: str | None) -> int:
-        """Bytes above a limit, with what is reserved and what is being freed."""
-        if device is None:
-            used = self._ledger.total + sum(self._reserved.values()) + sum(self._releasing.values())
-        else:
-            parts = (self._ledger.by_device, self._reserved, self._releasing)
-            used = sum(part.get(device, 0) for part in parts)
-        return used - self._limits[device]
-
-    def _make_room(self, key: Key) -> list[_Entry] | None:
+    def _make_room(self, key: Key) -> list[Entry] | None:
         """Unlist what must leave so that the budget holds, the entry under `key` first; None where it cannot.
 
         The newcomer is already counted. Decides first, then acts, so that a refusal changes nothing.
         """
-        old = self._entries.get(key)
-        chosen: dict[_Entry, bool] = {}  # who leaves, and whether that takes it off the ledger
+        old, ledger = self._entries.get(key), self._ledger
+        if old is None and not ledger.over():
+            return []
+        chosen: dict[Entry, bool] = {}  # who leaves, and whether that takes it off the ledger
         if old is not None:
             chosen[old] = not old.borrows
             if not old.borrows:
-                self._ledger.drop(old.storages)
-        fits = True
-        for device in self._limits:
+                ledger.drop(old.storages)
+        for device in ledger.over():
             for entry in self._entries.values():
-                if self._over(device) <= 0:
+                if ledger.excess(device) <= 0:
                     break
                 if entry.borrows or entry.pins or entry in chosen:
                     continue
                 if device is not None and all(storage.device != device for storage in entry.storages):
                     continue
-                self._ledger.drop(entry.storages)
+                ledger.drop(entry.storages)
                 chosen[entry] = True
-            fits = fits and self._over(device) <= 0
+        fits = not ledger.over()
         for entry, dropped in chosen.items():  # _unlist drops them again, and says what is to be freed
             if dropped:
-                self._ledger.add(entry.storages)
+                ledger.add(entry.storages)
         if not fits:
             self._refused += 1
             return None
@@ -294,7 +258,7 @@ class StateCache(Cache):
         finally:
             self._give_back(entry)
 
-    def borrow(self, key: Key, *, raw: bool = False) -> "Borrow":
+    def borrow(self, key: Key, *, raw: bool = False) -> Borrow:
         """Lend the state for the length of a ``with`` block: the native type in fresh containers, arrays shared.
 
         Do not donate, delete or write the arrays. The entry is not freed before the block ends. In the block the value
@@ -304,7 +268,7 @@ class StateCache(Cache):
             key: The key.
             raw: Give a `KVState` that raises `ReleasedError` after the block, and build no containers.
         """
-        return Borrow(self, key, raw=raw)
+        return Borrow(self, key, raw)
 
     def pop(self, key: Key) -> Any | None:
         """Take the state out without releasing it: it is the caller's. None where `key` is not there.
@@ -414,7 +378,7 @@ class StateCache(Cache):
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    def _acquire(self, key: Key) -> _Entry | None:
+    def _acquire(self, key: Key) -> Entry | None:
         if type(key) is not str:
             _check_key(key)
         if self._in_finaliser():
@@ -431,7 +395,7 @@ class StateCache(Cache):
             self._hits += 1
             return entry
 
-    def _give_back(self, entry: _Entry) -> None:
+    def _give_back(self, entry: Entry) -> None:
         if self._in_finaliser():
             self._put_off.append((StateCache._give_back, entry))
             return
@@ -444,6 +408,10 @@ class StateCache(Cache):
         errors: _Errors = []
         self._free([entry], errors)
         _raise_all(errors)
+
+    def _abandon(self, entry: Entry) -> None:
+        """Give back later: the collector may call this where its thread holds the lock."""
+        self._put_off.append((StateCache._give_back, entry))
 
     def _drain(self) -> _Errors:
         """Do what finalisers asked for; return what callbacks raised at that."""
@@ -461,7 +429,7 @@ class StateCache(Cache):
 
     # --- leaving -----------------------------------------------------------------------------------------------------
 
-    def _unlist(self, key: Key) -> list[_Entry]:
+    def _unlist(self, key: Key) -> list[Entry]:
         """Take the entry out of the listing; return it where it can be freed now. The lock is held."""
         entry = self._entries.pop(key, None)
         if entry is None:
@@ -473,7 +441,7 @@ class StateCache(Cache):
         self._count_leaving(entry)
         return [entry]
 
-    def _drop(self, entry: _Entry) -> None:
+    def _drop(self, entry: Entry) -> None:
         """Unlist an entry that is borrowed, unless another has taken its place."""
         if self._in_finaliser():
             self._put_off.append((StateCache._drop, entry))
@@ -482,7 +450,7 @@ class StateCache(Cache):
             if entry.listed:
                 self._unlist(entry.key)
 
-    def _count_leaving(self, entry: _Entry) -> None:
+    def _count_leaving(self, entry: Entry) -> None:
         """Move the bytes that only this entry holds from the ledger to what is being freed. The lock is held."""
         alone = self._ledger.drop(entry.storages)
         entry.shares = len(alone) < len(entry.storages)
@@ -490,10 +458,9 @@ class StateCache(Cache):
             self._ledger.add(entry.storages)  # until `_hand_out` has copied what other entries hold too
             return
         entry.storages = alone
-        for storage in alone:
-            self._releasing[storage.device] = self._releasing.get(storage.device, 0) + storage.nbytes
+        self._ledger.promise(_sizes(alone))
 
-    def _hand_out(self, entry: _Entry) -> Any:
+    def _hand_out(self, entry: Entry) -> Any:
         """Return the value of an entry that left, to somebody who will use it up: other entries keep their arrays."""
         state = entry.state
         del entry.state  # a traceback may keep the entry, and must not keep its memory
@@ -511,7 +478,7 @@ class StateCache(Cache):
         state.end("handed out")
         return native
 
-    def _evict(self, leaving: list[_Entry], key: Key, errors: _Errors) -> None:
+    def _evict(self, leaving: list[Entry], key: Key, errors: _Errors) -> None:
         """Free what `_make_room` unlisted for `key`."""
         if self._trace is not None:
             for entry in leaving:
@@ -519,7 +486,7 @@ class StateCache(Cache):
                     self._trace("state_cache.evict", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
         self._free(leaving, errors)
 
-    def _free(self, entries: list[_Entry], errors: _Errors) -> None:
+    def _free(self, entries: list[Entry], errors: _Errors) -> None:
         """Release what `_unlist` and `_give_back` let go. Without the lock."""
         for entry in entries:
             try:
@@ -532,12 +499,11 @@ class StateCache(Cache):
             finally:
                 if self._on_evict is None or not entry.shares:
                     with self._lock:
-                        for storage in entry.storages:
-                            self._releasing[storage.device] -= storage.nbytes
+                        self._ledger.settle(_sizes(entry.storages))
             if self._trace is not None:
                 self._trace("state_cache.release", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         outliving = entry.state.release_alone(_keys(entry.storages))
         if outliving:
             with self._lock:
@@ -562,75 +528,6 @@ class StateCache(Cache):
         self._start()
 
 
-class Borrow:
-    """A lease on one entry, from `StateCache.borrow`: a context manager, used once."""
-
-    __slots__ = ("_cache", "_entry", "_key", "_lent", "_marks", "_raw")
-
-    def __init__(self, cache: StateCache, key: Key, *, raw: bool) -> None:
-        self._cache = cache
-        self._key = key
-        self._raw = raw
-        self._entry: _Entry | None = None
-
-    def __enter__(self) -> Any | None:
-        """Lend the state, or None where the key is not there."""
-        entry = self._cache._acquire(self._key)
-        if entry is None:
-            return None
-        try:
-            self._lent = entry.state.lend()
-            if self._cache._debug:
-                self._marks = entry.state.checksums()
-            lent = self._lent if self._raw or entry.as_state else self._lent.unwrap()
-        except BaseException:
-            self._cache._give_back(entry)
-            raise
-        self._entry = entry
-        return lent
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> Literal[False]:
-        """End the lease.
-
-        Raises:
-            BorrowViolationError: ``debug=True``, and the borrower wrote, donated or deleted; the entry is dropped.
-        """
-        entry, self._entry = self._entry, None
-        if entry is None:
-            return False
-        try:
-            if self._cache._debug:
-                self._check(entry)
-        finally:
-            self._lent.end("borrowed, and its borrow has ended")
-            self._cache._give_back(entry)
-        return False
-
-    def _check(self, entry: _Entry) -> None:
-        found = entry.state.checksums()
-        changed = sorted(name for name, mark in self._marks.items() if found[name] != mark)
-        if changed:
-            self._cache._drop(entry)
-            what = "deleted or donated" if any(found[name] is None for name in changed) else "wrote"
-            msg = (
-                f"the borrower of {self._key!r} {what} {changed[:4]}; use get() for a state to change. The entry is "
-                "dropped"
-            )
-            raise BorrowViolationError(msg)
-
-    def __del__(self) -> None:
-        """Give back what was never closed, and say so."""
-        entry = getattr(self, "_entry", None)
-        if entry is not None:
-            # Not now: the collector may run this where its thread holds the lock.
-            self._cache._put_off.append((StateCache._give_back, entry))
-            warnings.warn(
-                f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1
-            )
-
-
 _PLAIN_KEYS = (str, int, bytes)
 
 
@@ -644,17 +541,16 @@ def _is_key(key: object) -> bool:
     return isinstance(key, _PLAIN_KEYS) or (isinstance(key, tuple) and all(map(_is_key, key)))
 
 
-def _add(counts: dict[str, int], sizes: Mapping[str, int], sign: int) -> None:
-    for device, nbytes in sizes.items():
-        counts[device] = counts.get(device, 0) + sign * nbytes
-
-
-def _unique_nbytes(entries: Iterable[_Entry]) -> int:
+def _unique_nbytes(entries: Iterable[Entry]) -> int:
     return _nbytes({storage.key: storage for entry in entries for storage in entry.storages}.values())
 
 
 def _nbytes(storages: Iterable[Storage]) -> int:
     return sum(storage.nbytes for storage in storages)
+
+
+def _sizes(storages: Iterable[Storage]) -> list[tuple[str, int]]:
+    return [(storage.device, storage.nbytes) for storage in storages]
 
 
 def _keys(storages: Iterable[Storage]) -> frozenset[Hashable]:

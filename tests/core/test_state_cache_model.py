@@ -16,7 +16,7 @@ from agnostic_cache.errors import BorrowedError
 from agnostic_cache.eviction import PutStatus
 
 if TYPE_CHECKING:
-    from agnostic_cache.state_cache import Borrow
+    from agnostic_cache.lease import Borrow
 
 LIMIT = 512
 KEYS = st.sampled_from("abcde")
