@@ -87,16 +87,17 @@ def run_loop(
     Returns:
         The token ids of the answers, the state of the document, and the figures.
     """
-    asked = questions + [questions[0]] * (ROUNDS - len(questions))
+    asked = [(question, NEW_TOKENS) for question in questions]
+    asked += [(questions[0], 1)] * (ROUNDS - len(questions))  # for the time to the first token alone
     say(f"{loop.name}: compiling, and answering from nothing")
     # Both JAX loops compute prompts in chunks: two shapes, and that of one token, are all that they compile.
     loop.cold(document[: loops.CHUNK], questions[0], new_tokens=2)
     cold, begin = [], time.perf_counter()
-    for question in asked:
-        answer, state = loop.cold(document, question, NEW_TOKENS)
+    for question, new_tokens in asked:
+        answer, state = loop.cold(document, question, new_tokens)
         cold.append(answer)
-        if time.perf_counter() - begin > COLD_SECONDS:
-            break
+        if (time.perf_counter() - begin) * (len(cold) + 1) / len(cold) > COLD_SECONDS:
+            break  # one more would not fit
 
     say(f"{loop.name}: answering from the cache")
     key = ("document", len(document))
@@ -106,8 +107,8 @@ def run_loop(
         message = f"the state of {entry_bytes} bytes did not fit into a budget of that size"
         raise RuntimeError(message)
     warm, fork = [], []
-    for question in asked:  # in turns, so that a machine that is busy is busy for both
-        warm.append(loop.warm(lambda: cache.get(key), document, question, NEW_TOKENS))
+    for question, new_tokens in asked:  # in turns, so that a machine that is busy is busy for both
+        warm.append(loop.warm(lambda: cache.get(key), document, question, new_tokens))
         fork.append(loop.warm(lambda: loop.fork_by_hand(state), document, question, 1))
 
     say(f"{loop.name}: evicting")
