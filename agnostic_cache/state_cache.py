@@ -504,7 +504,7 @@ class StateCache(Cache):
                 self._trace("state_cache.release", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
 
     def _release(self, entry: Entry) -> None:
-        outliving = entry.state.release_alone(_keys(entry.storages))
+        outliving = entry.state.release_alone(_keys(entry.storages) if entry.shares else None)
         if outliving:
             with self._lock:
                 self._orphans = [(nbytes, alive) for nbytes, alive in self._orphans if alive()] + outliving

@@ -67,10 +67,7 @@ class JaxAdapter(Adapter):
     def describe(self, array: jax.Array) -> ArraySpec:
         """See `Adapter.describe`. A tracer inside ``jit`` is an `UnsupportedArrayError`."""
         self._check(array)
-        dtype = self._dtypes.get(array.dtype)  # the name of a NumPy dtype costs 12 us
-        if dtype is None:
-            dtype = self._dtypes.setdefault(array.dtype, Dtype.of(array.dtype.name))
-        return ArraySpec(array.shape, dtype, self._device_name(array))
+        return ArraySpec(array.shape, self._dtype(array), self._device_name(array))
 
     def storages(self, array: jax.Array) -> Sequence[Storage]:
         """Return the buffer of each addressable shard."""
@@ -128,7 +125,7 @@ class JaxAdapter(Adapter):
         freed = 0
         for array in arrays:
             if not isinstance(array, Tracer) and not array.is_deleted():
-                freed += sum(storage.nbytes for storage in self.storages(array))
+                freed += _nbytes(array)
                 array.delete()
         if isinstance(arrays, list):
             arrays.clear()
@@ -139,6 +136,13 @@ class JaxAdapter(Adapter):
         return array.is_deleted()
 
     # --- faster than the defaults ------------------------------------------------------------------------------------
+
+    def check_all(self, arrays: Sequence[jax.Array]) -> Sequence[tuple[int, ...]]:
+        """See `Adapter.check_all`."""
+        for array in arrays:
+            self._check(array)
+            self._dtype(array)
+        return [array.shape for array in arrays]
 
     def compact_nbytes(self, arrays: Sequence[jax.Array]) -> Mapping[str, int]:
         """Return the bytes per device: a copy has the sharding of its source."""
@@ -283,6 +287,10 @@ class JaxAdapter(Adapter):
             )
             raise DeletedArrayError(msg)
 
+    def _dtype(self, array: jax.Array) -> Dtype:
+        dtype = self._dtypes.get(array.dtype)  # the name of a NumPy dtype costs 12 us
+        return dtype if dtype is not None else self._dtypes.setdefault(array.dtype, Dtype.of(array.dtype.name))
+
     def _check_width(self, name: str) -> None:
         if name in _WIDE and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             msg = (
@@ -315,6 +323,13 @@ def _key_name(path: tuple[Any, ...]) -> str:
         if hasattr(path[-1], attribute):
             return str(getattr(path[-1], attribute))
     return str(path[-1])
+
+
+def _nbytes(array: jax.Array) -> int:
+    """The bytes of all addressable shards."""
+    if type(array.sharding) is SingleDeviceSharding:
+        return array.size * array.dtype.itemsize
+    return sum(shard.data.nbytes for shard in array.addressable_shards) if array.size else 0
 
 
 def _is_row_major(array: Any) -> bool:

@@ -357,15 +357,23 @@ class KVState:
         self.end("released")
         return 0 if borrowed else self._adapter.release(arrays)
 
-    def release_alone(self, keys: frozenset[Hashable]) -> list[tuple[int, Callable[[], bool]]]:
+    def release_alone(self, keys: frozenset[Hashable] | None) -> list[tuple[int, Callable[[], bool]]]:
         """Free the arrays all of whose storages are in `keys`, and let go of the others, which somebody else holds.
+
+        Args:
+            keys: Storages that nobody else holds; None where that is all of them, which need not be looked at then.
 
         Returns:
             Size, and a function that says whether it still lives, for each storage that outlived this because a fork
             keeps it.
         """
         deleted = self._adapter.is_deleted
-        alone = [array for array in self._arrays() if not deleted(array) and self._lies_in(array, keys)]
+        arrays = [array for array in self._arrays() if not deleted(array)]
+        if keys is None:  # an array of no bytes has no storage: somebody else may hold it, and nothing is freed
+            alone = [a for a, shape in zip(arrays, self._adapter.check_all(arrays), strict=True) if 0 not in shape]
+        else:
+            alone = [array for array in arrays if self._lies_in(array, keys)]
+        del arrays
         watched = self._adapter.watch(alone) if any(leaf.frozen for leaf in self._leaves.values()) else []
         self.end("released")
         self._adapter.release(alone)
@@ -373,7 +381,7 @@ class KVState:
 
     def _lies_in(self, array: Array, keys: frozenset[Hashable]) -> bool:
         held = {storage.key for storage in self._adapter.storages(array)}
-        return bool(held) and held <= keys  # an array of no bytes has no storage, and nothing to free
+        return bool(held) and held <= keys
 
 
 def _cross(array: Array, source: Adapter, target: Adapter) -> Array:
