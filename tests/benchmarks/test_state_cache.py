@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 NBYTES = 256 * 1024 * 1024
 LAYERS = 30  # of the demo model
+THREADS, READS, ENTRIES = 8, 16_000, 16
 
 
 def tensors(leaves: int) -> dict[str, torch.Tensor]:
@@ -141,6 +143,37 @@ def test_borrow(race: Race, report: Report) -> None:
     seconds = race({"raw": raw, "native": native}, rounds=100, inner=20)
     report("borrow(raw=True)", seconds["raw"], None, 3e-6)
     report("borrow, per container of a DynamicCache", seconds["native"] / (LAYERS + 2), None, 3e-6)
+    assert cache.stats().borrowed_bytes == 0
+
+
+def test_readers(race: Race, report: Report) -> None:
+    """Eight threads that read entries in use against one thread that reads as often; and the same of a dict."""
+
+    def borrow(key: int) -> None:
+        with cache.borrow(key, raw=True):
+            pass
+
+    def read(key: int) -> None:
+        if key in states:
+            states[key]
+
+    def spread(one: Callable[[int], None], threads: int) -> Callable[[], object]:
+        def reader(_: int) -> None:
+            for i in range(READS // threads):
+                one(i % ENTRIES)
+
+        return lambda: list(pool.map(reader, range(threads)))
+
+    cache = StateCache("1GiB")
+    states = {key: {"x": jnp.zeros(16)} for key in range(ENTRIES)}
+    for key, state in states.items():
+        cache.put(key, state)
+    kinds: dict[str, Callable[[int], None]] = {"borrow": borrow, "dict": read}
+    with ThreadPoolExecutor(THREADS) as pool:
+        contenders = {f"{name} {n}": spread(one, n) for name, one in kinds.items() for n in (1, THREADS)}
+        seconds = race(contenders, rounds=30)
+    ours, peer = (seconds[f"{name} {THREADS}"] / seconds[f"{name} 1"] for name in kinds)
+    report(f"slowdown of {THREADS} threads that borrow / of {THREADS} that read a dict", ours, peer, 3.0, unit="x")
     assert cache.stats().borrowed_bytes == 0
 
 
