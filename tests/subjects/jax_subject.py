@@ -1,4 +1,4 @@
-"""JAX as the suites of `agnostic_cache.testing` see it, on two devices."""
+"""JAX as the suites of `agnostic_cache.testing` see it, on four devices."""
 
 import gc
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.testing import Subject, pattern
 
-jax.config.update("jax_num_cpu_devices", 2)  # before the first array: some tests shard over them
+jax.config.update("jax_num_cpu_devices", 4)  # before the first array: some tests shard over them
 
 
 def make(shape: Sequence[int], dtype: Dtype, seed: int) -> jax.Array:
