@@ -79,3 +79,7 @@ class MissingAdapterError(AgnosticCacheError, ImportError):
 
 class CacheCopyError(AgnosticCacheError, TypeError):
     """A cache was pickled or deep-copied; it owns device memory that has one owner."""
+
+
+class WireError(AgnosticCacheError, ValueError):
+    """A message or key of the lm:// wire means nothing, or cannot be said on it."""

@@ -114,9 +114,7 @@ class Tunix(TinyLoop):
 
     def fresh(self) -> Any:
         layers = [buffers(rows, 1)[0] for rows in self.rows]
-        return {
-            f"layer_{i}": {"k": k, "v": v, "end_index": jnp.zeros(1, jnp.int32)} for i, (k, v) in enumerate(layers)
-        }
+        return {f"layer_{i}": {"k": k, "v": v, "end_index": jnp.zeros(1, jnp.int32)} for i, (k, v) in enumerate(layers)}
 
     def open(self, cache: Any) -> Rows:
         return [(layer["k"], layer["v"]) for layer in cache.values()]
