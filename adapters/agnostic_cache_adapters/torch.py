@@ -199,6 +199,11 @@ class TorchAdapter(Adapter):
         """See `Adapter.with_counter`."""
         return torch.full_like(array, value)
 
+    def set_counter(self, array: torch.Tensor, value: int) -> torch.Tensor:
+        """Write in place; addresses stay, so that compiled graphs stay valid."""
+        with torch.inference_mode():
+            return array.fill_(value)
+
     def place(self, array: torch.Tensor, device: str) -> torch.Tensor:
         """Return the tensor on a device that torch names, such as ``cuda:0``."""
         try:

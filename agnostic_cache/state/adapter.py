@@ -241,6 +241,10 @@ class Adapter(ABC):
         host.memory[:] = item * (host.nbytes // len(item))
         return self.place(self.from_host(host), like.device)
 
+    def set_counter(self, array: Array, value: int) -> Array:
+        """Set every element of a `LENGTH` leaf that the caller gave up, in place where arrays are mutable."""
+        return self.with_counter(array, value)
+
     def place(self, array: Array, device: str) -> Array:
         """Return `array` on `device`, itself where it already lies there.
 

@@ -13,7 +13,7 @@ from agnostic_cache.state.adapter import Adapter, Array, Fill
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
-from agnostic_cache.state.tree import Flat, build, flatten
+from agnostic_cache.state.tree import Flat, Node, build, flatten
 
 if TYPE_CHECKING:
     from agnostic_cache.state.kv_state import KVState
@@ -47,11 +47,15 @@ def fill_template(state: "KVState", like: object, layout: "KVLayout | None") -> 
     given_up = {id(slot.array) for slot in slots.values()}
     arrays: dict[str, Array] = {}
     fills: list[tuple[str, Fill]] = []
+    counters: dict[str, Array] = {}
     taken: set[str] = set()
+    vacant = _vacant(state._node) - state.leaves.keys() - state.missing
     for name, slot in slots.items():
         if slot.hint is not None and slot.hint.role is LENGTH:
             if slot.array is not None:
-                arrays[slot.path] = adapter.with_counter(slot.array, state.length)
+                counters[slot.path] = slot.array
+            continue
+        if slot.array is None and name in vacant:
             continue
         for source_name, leaf, target_layer, source_layer in _sources(name, slot, state.leaves, adapter):
             taken.add(source_name)
@@ -69,7 +73,13 @@ def fill_template(state: "KVState", like: object, layout: "KVLayout | None") -> 
     # Several fills of one buffer (stacked layers) follow one another; the last handle counts.
     done = adapter.fill_all([fill for _, fill in fills])
     arrays.update({path: array for (path, _), array in zip(fills, done, strict=True)})
+    arrays.update({path: adapter.set_counter(counter, state.length) for path, counter in counters.items()})
     return build(flat.node, arrays, state.length, adapter)
+
+
+def _vacant(node: Node) -> set[str]:
+    """Names of all leaves of a structure, also of those that are not filled yet."""
+    return {node.data} if node.kind == "leaf" else set().union(*map(_vacant, node.children))
 
 
 def _layers(state: "KVState") -> int:
@@ -214,7 +224,8 @@ def _span(name: str, leaf: Leaf, slot: _Slot, rows: int, room: int | None, lengt
 def _given(state: "KVState", leaf: Leaf, slot: _Slot, adapter: Adapter, layer: int | None) -> Array:
     """An array for a container that has room for one: shared where it never writes in place, else a copy."""
     held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
-    axes = slot.hint.axes if slot.hint is not None else tuple(held)
+    # A snapshot is taken as it is: a container that has none yet cannot say of what shape it will be.
+    axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else tuple(held)
     if sorted(axes) != sorted(held):
         msg = (
             f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "

@@ -110,7 +110,7 @@ def _read_leaves(flat: Flat, layout: KVLayout | None) -> _Known:
         role, axes, frozen = hint
         if type(role) is TOKENS:
             axis, stride = role
-            if frozen:  # exactly the rows that count
+            if frozen and stride == 1:  # exactly the rows that count
                 stated.add(shape[axis] * stride)
             else:
                 rows.append((name, shape[axis], stride))

@@ -198,7 +198,11 @@ class TestReuse:
             assert type(fork) is StaticCache
             assert llama.generate(llama.ids, fork) == llama.wanted
             assert all(map(torch.equal, bits(kept), before))
-        assert kept.cut(0, 9).missing == set(kept.leaves)
+        shorter = kept.cut(0, 9)
+        assert {leaf.array.shape[2] for leaf in shorter.leaves.values() if leaf.role == TOKENS(2)} == {9}
+        native = shorter.unwrap()
+        assert [tensor.shape[2] for tensor in tensors(native)] == [32] * 4  # room as before
+        assert llama.generate(llama.ids, native) == llama.wanted
 
     def test_a_state_goes_through_host_memory(self, tiny: Tiny) -> None:
         kept = wrap(tiny.prefill(PROMPT - 1)).to("host")
@@ -302,9 +306,28 @@ class TestStructure:
             with pytest.raises(UnknownValueError):
                 wrap(value)
 
-    def test_an_encoder_decoder_cache_is_refused_by_name(self) -> None:
-        with pytest.raises(UnknownValueError):
-            wrap(EncoderDecoderCache(kv(5), kv(3)))
+    def test_cross_attention_is_a_snapshot_that_forks_share(self) -> None:
+        pair = EncoderDecoderCache(kv(5), kv(3, seed=1))
+        state = wrap(pair).copy()
+        assert state.length == 5
+        assert state.leaves["self_attention_cache.layers.1.key"].role == TOKENS(2)
+        crossed = {name for name in state.leaves if name.startswith("cross_attention_cache.layers.")}
+        assert {state.leaves[name].role for name in crossed} == {SNAPSHOT}
+        assert len(crossed) == 4
+        assert state.cut(0, 4).missing == crossed
+        fork = state.fork().unwrap()
+        assert type(fork) is EncoderDecoderCache
+        assert fork.is_updated == {0: True, 1: True}
+        assert set(pointers(fork.cross_attention_cache)) == {state.leaves[name].array.data_ptr() for name in crossed}
+        fork.reset()
+        assert pair.is_updated == {0: True, 1: True}
+        assert state.fork().unwrap().is_updated == {0: True, 1: True}
+        parts = [state.cut(0, 2), state.cut(2, 5)]
+        joined = KVState.join(parts).unwrap(like=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        assert joined.is_updated == {0: True, 1: True}
+        for half, seed in ((joined.self_attention_cache, 0), (joined.cross_attention_cache, 1)):
+            length = half.get_seq_length()
+            assert all(map(torch.equal, tensors(half), tensors(kv(length, seed=seed))))
 
     def test_a_cropped_cache_keeps_its_storage_and_a_copy_does_not(self) -> None:
         cache = kv(20)
@@ -377,7 +400,7 @@ class TestUnknownClasses:
         cache = kv(5)
         cache.layers.append(layer)
         kept = wrap(cache).copy()
-        assert kept.cut(0, 4).missing == {"layers.2.conv_states.0", "layers.2.recurrent_states.0"}
+        assert kept.cut(0, 4).missing == {"layers.2.conv_states_0", "layers.2.recurrent_states_0"}
         before = bits(kept)
         fork = kept.fork().unwrap()
         fork.layers[2].reset()
@@ -417,7 +440,11 @@ class TestTemplates:
                 lambda: DynamicCache(config=LlamaConfig(**{**SIZES, "num_hidden_layers": 1})), id="fewer layers"
             ),
             pytest.param(lambda: kv(5, layers=1), id="fewer layers, used"),
-            pytest.param(lambda: kv(5, cache=StaticCache(config=LlamaConfig(**SIZES), max_cache_len=9)), id="static"),
+            pytest.param(lambda: StaticCache(config=LlamaConfig(**SIZES), max_cache_len=4), id="static, too short"),
+            pytest.param(
+                lambda: kv(4, cache=StaticCache(config=LlamaConfig(**SIZES), max_cache_len=4)),
+                id="static, used, too short",
+            ),
             pytest.param(lambda: [DynamicCache()], id="in a list"),
         ],
     )

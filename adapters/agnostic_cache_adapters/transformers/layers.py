@@ -1,0 +1,248 @@
+"""What is known of each class of cache layer: where its arrays stand, which roles they have, how to make a new one.
+
+A class is known exactly: what a subclass does with its arrays, nobody here can tell. Roles follow from how a class
+writes. Dynamic layers grow by concatenation and never write in place, so that their arrays are frozen; static and
+linear layers write in place. Source: ``transformers/cache_utils.py`` and ``models/deepseek_v4``, version 5.23.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple
+
+import torch
+from transformers import cache_utils
+
+from agnostic_cache.errors import StructureMismatchError
+from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
+
+AXES: Final = ("batch", "heads", "tokens", "dim")
+_COMPRESSED = {
+    "DeepseekV4HCACache": "heavily_compressed_attention",
+    "DeepseekV4CSACache": "compressed_sparse_attention",
+}
+"""Layers that are defined beside their model: their classes exist once the model is imported."""
+
+_CLASSES: Final[dict[str, type]] = {
+    kind.__name__: kind
+    for kind in (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        cache_utils.DynamicIndexedLayer,
+        cache_utils.StaticLayer,
+        cache_utils.StaticSlidingWindowLayer,
+        cache_utils.StaticIndexedLayer,
+        cache_utils.LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer,
+        cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
+        cache_utils.LinearAttentionAndStaticFullAttentionLayer,
+        cache_utils.LinearAttentionAndStaticSlidingWindowAttentionLayer,
+        cache_utils.DummyLayer,
+    )
+}
+_SETTINGS: Final = ("sliding_window", "max_cache_len", "number_of_states", "compress_rate", "record_past")
+_STATE = Hint(SNAPSHOT, ())  # axes as the array has them
+
+
+class Part(NamedTuple):
+    """One array of a layer: ``layer.attribute``, or ``layer.attribute[at]``."""
+
+    attribute: str
+    at: str | int | None
+    hint: Hint
+
+
+def known(layer: Any) -> bool:
+    """Say whether every array of this layer is known."""
+    kind = type(layer)
+    if _class(kind.__name__) is not kind:
+        return False
+    # One that records keeps more columns of its convolutions than it needs, and they tell no more how many it needs.
+    return not (isinstance(layer, cache_utils.LinearAttentionLayer) and layer.record_past)
+
+
+def settings(layer: Any) -> dict[str, Any]:
+    """Return class and settings of a layer, JSON-able: what `make` takes."""
+    found = {name: getattr(layer, name) for name in _SETTINGS if hasattr(layer, name)}
+    return {"class": type(layer).__name__, **found}
+
+
+def parts(layer: Any) -> Mapping[str, Part]:
+    """Return the arrays that a layer of a known class has, or has room for, by the last part of their names."""
+    kind: Any = type(layer)
+    return _parts(kind, *(getattr(layer, name, None) for name in _SETTINGS[:4]))
+
+
+def stated_length(layer: Any) -> int | None:
+    """Return the tokens that a layer says it stands for, or None where only its arrays tell."""
+    length = getattr(layer, "cumulative_length_int", getattr(layer, "cumulative_length", None))
+    return length if isinstance(length, int) else None
+
+
+def get(layer: Any, part: Part) -> torch.Tensor | None:
+    """Return the array of a part, or None where the layer does not hold one yet."""
+    array = getattr(layer, part.attribute)
+    if part.at is not None:
+        array = array[part.at]
+    if array is None or (part.hint.axes and array.ndim != len(part.hint.axes)):  # initialised early: one axis, empty
+        return None
+    if part.attribute == "cumulative_length" and layer.is_sliding and layer.cumulative_length_int > layer.max_cache_len:
+        # A static window that is full stops counting on the device.
+        return torch.full_like(array, layer.cumulative_length_int)
+    return array  # type: ignore[no-any-return]
+
+
+def make(data: Mapping[str, Any], arrays: Mapping[str, torch.Tensor | None], length: int) -> object:
+    """Make a layer of a known class around `arrays`, which stand for `length` tokens.
+
+    Raises:
+        StructureMismatchError: No such class here.
+    """
+    kind = _class(data["class"])
+    if kind is None:
+        msg = f"a layer of class {data['class']} cannot be rebuilt from its name alone; pass like= with a fresh one"
+        raise StructureMismatchError(msg)
+    rates = {name: data.get("compress_rate") for name in _COMPRESSED.values()}
+    config = SimpleNamespace(sliding_window=data.get("sliding_window"), compress_rates=rates)
+    room = data.get("max_cache_len")
+    window = data.get("sliding_window", room)  # a static window has no more room than that
+    states = data.get("number_of_states", 1)
+    layer = kind(sliding_window=window, max_cache_len=room, number_of_states=states, config=config)
+    if "record_past" in data:
+        layer.record_past = data["record_past"]
+    for name, part in parts(layer).items():
+        array = arrays[name]
+        if part.at is not None:
+            getattr(layer, part.attribute)[part.at] = array
+        elif array is not None:
+            setattr(layer, part.attribute, array)
+    _settle(layer, length)
+    return layer
+
+
+def rewind(layer: Any) -> None:
+    """Let a static window that is full count on the device again: its content is given up."""
+    if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
+        layer.cumulative_length_int = 0
+
+
+def dynamic_layer(keys: torch.Tensor, values: torch.Tensor) -> cache_utils.DynamicLayer:
+    """Make a `DynamicLayer` around keys and values, without its constructor: most layers are of this class."""
+    layer = object.__new__(cache_utils.DynamicLayer)
+    layer.__dict__ = {
+        "keys": keys,
+        "values": values,
+        "is_initialized": True,
+        "dtype": keys.dtype,
+        "device": keys.device,
+    }
+    return layer
+
+
+def _class(name: str) -> Any:
+    if name in _COMPRESSED:
+        return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get(_COMPRESSED[name])
+    return _CLASSES.get(name)
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(
+    kind: type, window: int | None, room: int | None, states: int | None, rate: int | None
+) -> Mapping[str, Part]:
+    static = issubclass(kind, cache_utils.StaticLayer)
+    sliding = issubclass(kind, cache_utils.DynamicSlidingWindowLayer | cache_utils.StaticSlidingWindowLayer)
+    found: dict[str, Part] = {}
+    if issubclass(kind, cache_utils.CacheLayerMixin):
+        # A window counts the current token, so one row less of the past is needed.
+        role = WINDOW(2, ((room if static else window) or 1) - 1) if sliding else TOKENS(2)
+        hint = Hint(role, AXES, frozen=not static)
+        found = {"key": Part("keys", None, hint), "value": Part("values", None, hint)}
+        if static:
+            found["cumulative_length"] = Part("cumulative_length", None, Hint(LENGTH, ()))
+    if issubclass(kind, cache_utils.DynamicIndexedLayer | cache_utils.StaticIndexedLayer):
+        rows = Hint(TOKENS(1), ("batch", "tokens", "dim"), frozen=not static)
+        positions = Hint(TOKENS(2), ("position_dims", "batch", "tokens"), frozen=True)
+        found["indexer_keys"] = Part("indexer_keys", None, rows)
+        found["indexer_position_ids"] = Part("indexer_position_ids", None, positions)
+        if static:
+            found["indexer_cumulative_length"] = Part("indexer_cumulative_length", None, Hint(LENGTH, ()))
+    if issubclass(kind, cache_utils.LinearAttentionLayer):
+        for i in range(states or 1):
+            found[f"conv_states_{i}"] = Part("conv_states", i, _STATE)
+            found[f"recurrent_states_{i}"] = Part("recurrent_states", i, _STATE)
+    if kind.__name__ in _COMPRESSED:
+        del found["value"]  # is its key
+        names = ("compressor",) if kind.__name__ == "DeepseekV4HCACache" else ("compressor", "indexer")
+        rest = (
+            ("buffer_kv", "buffer_gate")
+            if len(names) == 1
+            else ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate")
+        )
+        rows = Hint(TOKENS(1, rate or 1), ("batch", "tokens", "dim"), frozen=True)
+        for name in names:
+            found[f"compressed_kv_{name}"] = Part("compressed_kv", name, rows)
+            found |= {f"{state}_{name}": Part(state, name, _STATE._replace(frozen=True)) for state in rest}
+    return found
+
+
+def _settle(layer: Any, length: int) -> None:
+    """Set what a layer says of its arrays beside them."""
+    kind = type(layer)
+    if issubclass(kind, cache_utils.CacheLayerMixin) and layer.keys is not None:
+        if kind.__name__ in _COMPRESSED:
+            layer.values = layer.keys
+            layer.entry_count = {
+                name: 0 if rows is None else rows.shape[1] for name, rows in layer.compressed_kv.items()
+            }
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+        if issubclass(kind, cache_utils.StaticLayer):
+            _settle_static(layer, length)
+        elif issubclass(kind, cache_utils.DynamicSlidingWindowLayer):
+            layer.cumulative_length = length
+    if issubclass(kind, cache_utils.LinearAttentionLayer):
+        for i, (conv, recurrent) in enumerate(
+            zip(layer.conv_states.values(), layer.recurrent_states.values(), strict=True)
+        ):
+            first = conv if conv is not None else recurrent
+            if first is not None:
+                layer.dtype, layer.device = first.dtype, first.device
+            layer.is_conv_states_initialized[i] = layer.has_previous_state[i] = conv is not None
+            layer.is_recurrent_states_initialized[i] = recurrent is not None
+            layer.conv_kernel_size[i] = None if conv is None else conv.shape[-1]
+    indexer = getattr(layer, "indexer_keys", None)
+    if indexer is not None:
+        layer.is_indexer_initialized = True
+        layer.indexer_dtype, layer.indexer_device = indexer.dtype, indexer.device
+
+
+def _settle_static(layer: Any, length: int) -> None:
+    """Give a static layer the rows that a cut, or a dynamic layer, did not have, and the shapes that it notes."""
+    sliding = isinstance(layer, cache_utils.StaticSlidingWindowLayer)
+    room = layer.max_cache_len
+    layer.batch_size, layer.num_heads = layer.keys.shape[:2]
+    layer.k_head_dim, layer.v_head_dim = layer.keys.shape[-1], layer.values.shape[-1]
+    layer.keys, layer.values = (
+        _roomy(rows, 2, room, at_end=sliding and length >= room) for rows in (layer.keys, layer.values)
+    )
+    layer.cumulative_length = layer.cumulative_length.to(layer.device)
+    if sliding:
+        layer.cumulative_length_int = length
+    if isinstance(layer, cache_utils.StaticIndexedLayer) and layer.indexer_keys is not None:
+        layer.indexer_keys = _roomy(layer.indexer_keys, 1, room, at_end=False)
+        if layer.indexer_cumulative_length is None:
+            layer.indexer_cumulative_length = torch.full_like(layer.cumulative_length, length)
+
+
+def _roomy(rows: torch.Tensor, axis: int, room: int, *, at_end: bool) -> torch.Tensor:
+    """Return `rows` itself where it is a whole buffer, else a buffer with the rows at one end of it."""
+    count = rows.shape[axis]
+    if count == room:
+        return rows
+    if count > room:
+        msg = f"a static layer of max_cache_len={room} has no room for {count} rows; make a longer one"
+        raise StructureMismatchError(msg)
+    shape = list(rows.shape)
+    shape[axis] = room
+    buffer = rows.new_zeros(shape)
+    buffer.narrow(axis, room - count if at_end else 0, count).copy_(rows)
+    return buffer
