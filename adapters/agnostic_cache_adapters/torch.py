@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
 from agnostic_cache.errors import StructureMismatchError, UnsupportedArrayError, UnsupportedDtypeError
@@ -36,6 +37,7 @@ _REAL: Final = frozenset(_DTYPES) - {torch.complex64, torch.complex128}
 _storage = functools.partial(tuple.__new__, Storage)  # at a third of the time of Storage(...)
 _LARGE_BYTES: Final = 2 * 1024 * 1024
 _STRIDED: Final = frozenset({torch.strided})
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CONSTANTS: Final = (torch.dtype, torch.device, torch.Size)
 _TORCH: dict[Dtype, torch.dtype] = {dtype: name for name, dtype in _DTYPES.items()}
 _TORCH |= {Dtype.INT4: torch.int8, Dtype.UINT4: torch.uint8}  # no arithmetic on torch.int4: one byte per element
@@ -68,6 +70,8 @@ class TorchAdapter(Adapter):
         dtype = _DTYPES.get(array.dtype)
         if array.requires_grad or dtype is None or array.layout is not torch.strided or array.is_meta:
             raise _refusal(array)
+        if type(array) not in _PLAIN and is_traceable_wrapper_subclass(array):
+            raise _refusal(array)
         # The imaginary part of a conjugated tensor is real, and negated: its bytes have the wrong sign.
         if array.is_neg() or (dtype in _COMPLEX and array.is_conj()):
             raise _refusal(array)
@@ -75,7 +79,7 @@ class TorchAdapter(Adapter):
 
     def storages(self, array: torch.Tensor) -> Sequence[Storage]:
         """Return the one storage behind the tensor, at its full size."""
-        if array.layout is not torch.strided:
+        if array.layout is not torch.strided or (type(array) not in _PLAIN and is_traceable_wrapper_subclass(array)):
             raise _refusal(array)
         storage = array.untyped_storage()
         nbytes = storage.nbytes()
@@ -122,7 +126,7 @@ class TorchAdapter(Adapter):
         cuda = False
         array = storage = None
         for array in arrays:
-            if array.layout is not torch.strided:
+            if array.layout is not torch.strided or is_traceable_wrapper_subclass(array):
                 continue  # `on_evict` drops what no cache would have kept
             storage = array.untyped_storage()
             held[storage.data_ptr()] = (_alive(storage), storage.nbytes())
@@ -138,6 +142,7 @@ class TorchAdapter(Adapter):
     def check_all(self, arrays: Sequence[torch.Tensor]) -> Sequence[tuple[int, ...]]:
         """See `Adapter.check_all`."""
         odd = any(map(_requires_grad, arrays)) or any(map(_is_meta, arrays))
+        odd = odd or not _PLAIN.issuperset(map(type, arrays))
         if odd or not _REAL.issuperset(map(_dtype, arrays)) or not _STRIDED.issuperset(map(_layout, arrays)):
             for array in arrays:
                 self.describe(array)
@@ -244,6 +249,8 @@ def _refusal(array: torch.Tensor) -> UnsupportedArrayError | UnsupportedDtypeErr
         why = "requires grad; call .detach() on it, or compute it under torch.no_grad()"
     elif array.layout is not torch.strided:
         why = f"has layout {array.layout}; call .to_dense() on it"
+    elif is_traceable_wrapper_subclass(array):
+        why = f"wraps other tensors in a {type(array).__qualname__}; store those, or the tensor that they stand for"
     elif array.is_meta:
         why = "lies on the meta device and has no data"
     elif array.dtype not in _DTYPES:

@@ -123,6 +123,7 @@ class Structure(NamedTuple):
             does not, since what comes first is computed with what is not quantised yet; nor does MiniMax, whose linear
             attention goes on by one token at a time.
         shared: Whether a fork shares all memory with what it was forked from.
+        known: Whether every class of it is known, so that a fresh cache can be filled.
     """
 
     model: Any
@@ -130,6 +131,7 @@ class Structure(NamedTuple):
     reach: int = PROMPT
     exact: bool = True
     shared: bool = True
+    known: bool = True
 
     @property
     def encoded(self) -> dict[str, torch.Tensor]:
@@ -203,13 +205,13 @@ def llama_static() -> Structure:
 def llama_fp8() -> Structure:
     config = LlamaConfig(**SIZES)
     fresh = functools.partial(QuantizedCache, "fp8", config=config)
-    return Structure(_model(LlamaForCausalLM, config), fresh, reach=0, exact=False, shared=False)
+    return Structure(_model(LlamaForCausalLM, config), fresh, reach=0, exact=False, shared=False, known=False)
 
 
 def llama_own_layer() -> Structure:
     config = LlamaConfig(**SIZES)
     fresh = lambda: Cache(layers=[OwnLayer() for _ in range(config.num_hidden_layers)])  # noqa: E731 - as the others
-    return Structure(_model(LlamaForCausalLM, config), fresh, reach=0, shared=False)
+    return Structure(_model(LlamaForCausalLM, config), fresh, reach=0, shared=False, known=False)
 
 
 def mistral() -> Structure:
@@ -280,7 +282,7 @@ def minimax() -> Structure:
         num_local_experts=2,
         num_experts_per_tok=1,
     )
-    return Structure(_model(MiniMaxForCausalLM, config), MiniMaxCache, reach=0, exact=False, shared=False)
+    return Structure(_model(MiniMaxForCausalLM, config), MiniMaxCache, reach=0, exact=False, shared=False, known=False)
 
 
 def deepseek_v3() -> Structure:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch_subject import TorchSubject, live_bytes
 
 from agnostic_cache import KVLayout, KVState, SimpleLRUCache, wrap
@@ -35,6 +36,7 @@ class TestSpecialTensors:
             pytest.param(lambda: torch.eye(3).to_sparse(), id="sparse"),
             pytest.param(lambda: torch.empty(3, device="meta"), id="meta"),
             pytest.param(lambda: torch.tensor([1j]).conj(), id="conjugated"),
+            pytest.param(lambda: TwoTensor(torch.ones(3), torch.ones(3)), id="wrapper"),
         ],
     )
     def test_a_tensor_that_cannot_be_kept_is_named(self, refused: Callable[[], torch.Tensor]) -> None:
@@ -43,6 +45,7 @@ class TestSpecialTensors:
                 wrap(value)
         with pytest.raises(UnsupportedArrayError):
             adapter.describe(refused())
+        assert on_evict([refused()]) >= 0  # whoever evicts it frees what is there to free
 
     def test_a_negated_view_never_shows_the_wrong_sign(self) -> None:
         negated = torch.tensor([1 + 2j]).conj().imag  # real, and its bytes say 2

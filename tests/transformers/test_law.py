@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from hf_structures import PROMPT, STRUCTURES, Structure, tokens
 from torch_subject import live_bytes, values
+from transformers import DynamicCache, EncoderDecoderCache
 
 from agnostic_cache import KVState, StateCache, wrap
-from agnostic_cache.errors import CutRangeError, MissingLeavesError
-from agnostic_cache.state.layout import LENGTH
+from agnostic_cache.errors import CutRangeError, MissingLeavesError, StructureMismatchError
+from agnostic_cache.state.layout import LENGTH, TOKENS
+from agnostic_cache.state.tree import Node, build
 from agnostic_cache_adapters.transformers import on_evict
 
 IDS = tokens(PROMPT)
@@ -146,6 +149,31 @@ def test_a_borrowed_state_is_the_native_type_around_the_same_memory(structure: S
         assert state.length == KEPT
         for name in (name for name in names if kept.leaves[name].role is not LENGTH):
             assert state.leaves[name].array.data_ptr() == kept.leaves[name].array.data_ptr()
+
+
+def test_parts_are_joined_and_put_into_a_fresh_cache(structure: Structure) -> None:
+    whole = wrap(structure.prefill(IDS[:, :KEPT])).copy()
+    wanted = without(structure, IDS, KEPT)
+    for at in (1, 4, 8, 16):
+        try:
+            parts = [whole.cut(0, at), whole.cut(at, KEPT)]
+        except CutRangeError:
+            assert any(at % leaf.role.stride for leaf in whole.leaves.values() if isinstance(leaf.role, TOKENS))
+            continue
+        assert structure.answer(IDS, KVState.join(parts).unwrap()) == wanted, at
+        if structure.known:
+            assert structure.answer(IDS, KVState.join(parts).unwrap(like=structure.fresh())) == wanted, at
+
+
+def test_a_structure_is_rebuilt_from_json(structure: Structure) -> None:
+    state = wrap(structure.prefill(IDS[:, :KEPT])).copy()
+    node = Node.from_json(json.loads(json.dumps(state.structure)))
+    arrays = {name: leaf.array for name, leaf in state.leaves.items()}
+    if type(structure.fresh()) in {DynamicCache, EncoderDecoderCache}:
+        assert structure.answer(IDS, build(node, arrays, KEPT, state.adapter)) == without(structure, IDS, KEPT)
+    else:
+        with pytest.raises(StructureMismatchError):
+            build(node, arrays, KEPT, state.adapter)
 
 
 @pytest.fixture(autouse=True, scope="module")

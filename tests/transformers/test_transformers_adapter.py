@@ -1,8 +1,12 @@
 """The adapter of Hugging Face caches keeps the contract of adapters, and reused prefixes generate the same tokens."""
 
 import dataclasses
+import functools
 import json
+import threading
+from collections import Counter, UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,8 +350,18 @@ class Remembering(DynamicCache):
         self.seen = torch.arange(4)
 
 
+class Pair(EncoderDecoderCache):
+    """A pair of caches of a user."""
+
+    def __init__(self, *caches: Any) -> None:
+        super().__init__(*caches)
+        self.notes = [1]
+
+
 class CountingLayer(DynamicLayer):
     """A layer that nobody here has seen: it writes in place what it counts."""
+
+    notes: Any
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -419,6 +433,58 @@ class TestUnknownClasses:
         one, other = (kv(1, seed=7, cache=c) for c in (fork, state.fork().unwrap()))
         assert all(map(torch.equal, bits(wrap(one, length=6)), bits(wrap(other, length=6))))
         assert cache.get_seq_length() == 5
+
+    def test_what_a_stranger_counts_is_not_shared(self) -> None:
+        cache = kv(5)
+        layer = CountingLayer()
+        layer.notes = {"seen": [1], "of": {"a": Counter()}}
+        layer.update(*torch.rand(2, 1, 2, 5, 8))
+        cache.layers.append(layer)
+        kept = wrap(cache).copy()
+        for owner in (cache, kept.fork().unwrap(), kept.fork().unwrap()):
+            assert owner.layers[2].notes["seen"] == [1]
+            owner.layers[2].notes["seen"].append(2)
+            owner.layers[2].notes["of"]["a"]["b"] += 1
+        assert kept.fork().unwrap().layers[2].notes == {"seen": [1], "of": {"a": Counter()}}
+
+    @pytest.mark.parametrize(
+        "hidden",
+        [
+            pytest.param(lambda: UserDict(a=torch.ones(2)), id="a dict of another kind"),
+            pytest.param(lambda: {"a": [SimpleNamespace(b=torch.ones(2))], "c": torch.ones(2)}, id="an object"),
+            pytest.param(lambda: torch.nn.Linear(2, 2), id="a module"),
+            pytest.param(lambda: functools.partial(print, torch.ones(2)), id="a call"),
+            pytest.param(threading.Lock, id="what cannot be copied"),
+        ],
+    )
+    def test_what_cannot_be_walked_or_copied_is_refused(self, hidden: Callable[[], Any]) -> None:
+        cache = kv(5)
+        cache.layers.append(CountingLayer())
+        cache.update(*torch.rand(2, 1, 2, 5, 8), 2)
+        vars(cache.layers[2])["hidden"] = hidden()
+        with pytest.raises(UnknownValueError):
+            wrap(cache)
+
+    def test_a_strangers_length_is_what_generation_goes_on_from(self) -> None:
+        cache = QuantizedCache("fp8", config=LlamaConfig(**SIZES))
+        kv(5, cache=cache)
+        assert wrap(cache).length == 5
+        with pytest.raises(LengthMismatchError):
+            wrap(cache, length=4)
+
+    def test_a_pair_of_another_class_keeps_what_it_holds(self) -> None:
+        pair = Pair(kv(5), kv(3))
+        fork: Any = wrap(pair).copy().unwrap()
+        assert type(fork) is Pair
+        assert fork.notes == [1]
+        fork.notes.append(2)
+        assert pair.notes == [1]
+        assert fork.is_updated == {0: True, 1: True}
+        filled = wrap(pair).unwrap(like=Pair(DynamicCache(), DynamicCache()))
+        assert filled.is_updated == {0: True, 1: True}
+        node = Node.from_json(wrap(pair).structure)
+        with pytest.raises(StructureMismatchError):
+            build(node, {}, 5, wrap(pair).adapter)
 
 
 class TestTemplates:
