@@ -22,7 +22,9 @@ nox.options.error_on_missing_interpreters = "CI" in os.environ
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+FRAMEWORKS: list[str] = list(PYPROJECT["project"]["entry-points"]["agnostic_cache.adapters"])
 PYTHONS = nox.project.python_versions(PYPROJECT)
+STORAGE = ["xxhash"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
 
@@ -144,7 +146,14 @@ def flax(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """From each framework to each other, in one process."""
     install(session, *group("test"), extras=EXTRAS)
-    test(session, "interop", *EXTRAS)
+    test(session, "interop", *FRAMEWORKS)
+
+
+@nox.session(tags=["tests"])
+def storage(session: nox.Session) -> None:
+    """States as bytes, and where they are kept."""
+    install(session, *group("storage"), extras=STORAGE)
+    session.run("pytest", "tests/storage", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0], tags=["tests"])
@@ -153,9 +162,9 @@ def minimums(session: nox.Session) -> None:
     promised = {requirement for extra in EXTRAS.values() for requirement in extra if not requirement.startswith(NAME)}
     floors = sorted(requirement.replace(">=", "==") for requirement in promised)
     install(session, *floors, *group("test"), extras=EXTRAS)
-    for framework in EXTRAS:
+    for framework in FRAMEWORKS:
         test(session, framework, framework)
-    test(session, "interop", *EXTRAS)
+    test(session, "interop", *FRAMEWORKS)
 
 
 @nox.session(default=False, reuse_venv=True)

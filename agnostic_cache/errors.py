@@ -77,6 +77,14 @@ class MissingAdapterError(AgnosticCacheError, ImportError):
     """An adapter is asked for by name and its framework, or the adapter itself, is not installed."""
 
 
+class BlobError(AgnosticCacheError, ValueError):
+    """Bytes are no whole blob: truncated, changed, foreign, of an unknown version, or lying about lengths."""
+
+
+class MissingExtraError(AgnosticCacheError, ImportError):
+    """A feature is asked for whose extra is not installed."""
+
+
 class CacheCopyError(AgnosticCacheError, TypeError):
     """A cache was pickled or deep-copied; it owns device memory that has one owner."""
 
