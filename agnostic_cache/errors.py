@@ -81,12 +81,24 @@ class BlobError(AgnosticCacheError, ValueError):
     """Bytes are no whole blob: truncated, changed, foreign, of an unknown version, or lying about lengths."""
 
 
+class StorageError(AgnosticCacheError, OSError):
+    """A storage cannot be reached, answered too late, or failed. `open_storage` without ``strict`` makes it a miss."""
+
+
+class StorageFullError(StorageError):
+    """A storage has no room for an entry; what it holds can still be read."""
+
+
+class StorageURLError(AgnosticCacheError, ValueError):
+    """A storage is asked for by a URL whose scheme or option nobody knows."""
+
+
 class MissingExtraError(AgnosticCacheError, ImportError):
     """A feature is asked for whose extra is not installed."""
 
 
 class CacheCopyError(AgnosticCacheError, TypeError):
-    """A cache was pickled or deep-copied; it owns device memory that has one owner."""
+    """A cache or a storage was pickled or deep-copied; what it owns has one owner."""
 
 
 class WireError(AgnosticCacheError, ValueError):

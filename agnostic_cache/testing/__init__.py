@@ -1,8 +1,8 @@
-"""The conformance suites, public: an adapter of a third party is a test class that inherits `AdapterSuite`."""
+"""The conformance suites, public: a test class of a third party inherits `AdapterSuite` or `StorageSuite`."""
 
 import pytest
 
-_SUITES = ("array_suite", "container_suite", "ownership_suite", "rows_suite", "template_suite")
+_SUITES = ("array_suite", "container_suite", "ownership_suite", "rows_suite", "storage_suite", "template_suite")
 pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in _SUITES))  # before they are imported
 
 from agnostic_cache.testing.adapter_suite import AdapterSuite  # noqa: E402
@@ -11,6 +11,7 @@ from agnostic_cache.testing.container_suite import ContainerSuite  # noqa: E402
 from agnostic_cache.testing.grid import Grid, pattern  # noqa: E402
 from agnostic_cache.testing.ownership_suite import OwnershipSuite  # noqa: E402
 from agnostic_cache.testing.rows_suite import RowsSuite  # noqa: E402
+from agnostic_cache.testing.storage_suite import StorageSuite  # noqa: E402
 from agnostic_cache.testing.subject import Subject  # noqa: E402
 from agnostic_cache.testing.template_suite import TemplateSuite  # noqa: E402
 
@@ -21,6 +22,7 @@ __all__ = [
     "Grid",
     "OwnershipSuite",
     "RowsSuite",
+    "StorageSuite",
     "Subject",
     "TemplateSuite",
     "pattern",

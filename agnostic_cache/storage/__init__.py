@@ -1,0 +1,1 @@
+"""Storage: blobs under string keys, in host memory, on disk, on other machines. Knows nothing of tensors."""

@@ -1,0 +1,341 @@
+"""``file:///path``: one file per entry in one directory, which outlives the process and which several may share.
+
+What is read is compared with its checksum; what is damaged is a miss, counted, and set aside under ``*.damaged``. Each
+process evicts from the entries that it knows, and looks at the directory again where those do not suffice.
+
+What is acknowledged has reached the kernel: it survives the process. With ``sync=True`` it has reached the disk.
+"""
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
+from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
+from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.sizes import parse_size
+from agnostic_cache.storage.backend import Blob, StorageBackend, StorageStats, check_buffer, check_key, copy_into
+from agnostic_cache.storage.blocks import BlockPool
+from agnostic_cache.storage.codec import encode
+from agnostic_cache.storage.directory import Directory, Total, name_of
+from agnostic_cache.storage.entry import seal
+from agnostic_cache.storage.entry_file import read_entry, read_key, write_entry
+from agnostic_cache.storage.url import StorageURL
+
+_logger = logging.getLogger("agnostic_cache.storage")
+
+
+class _File(NamedTuple):
+    """An entry that this process knows."""
+
+    key: str
+    nbytes: int  # of the file
+
+
+class _Room:
+    """What the budget of all processes lacks; see `agnostic_cache.eviction.Room`."""
+
+    def __init__(self, files: "OrderedDict[str, _File]", over: int) -> None:
+        self._files = files
+        self._over = over
+
+    def short(self) -> bool:
+        return self._over > 0
+
+    def let_go(self, name: str) -> bool:
+        self._over -= self._files[name].nbytes
+        return True
+
+
+class FileStorage(StorageBackend):
+    """Blobs as files in a directory.
+
+    Safe to use from several threads and after a fork, and several processes may have one directory open, with one and
+    the same budget. A budget counts what is in the files, not blocks of the file system; each writer needs room for one
+    entry more while it writes. ``file:///dev/shm/name`` is shared memory for the workers of one machine.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_bytes: int | str | None = None,
+        *,
+        evictor: str | BaseEvictor = "lru",
+        compress: str = "",
+        sync: bool = False,
+    ) -> None:
+        """Open a directory, make it where it is not there, and learn from the headers of its files what it holds.
+
+        What processes that died left half-written is removed.
+
+        Args:
+            path: The directory; made with access for its owner alone, as are the files.
+            max_bytes: Budget of all processes together, such as ``"100GiB"``; None for none.
+            evictor: Name of a policy, or an evictor that serves nobody else.
+            compress: ``"byteplanes+zstd"``, or "" for no compression. Entries of either kind can be read.
+            sync: Wait for the disk at each put.
+
+        Raises:
+            StorageError: The directory cannot be made, or not be written to.
+            StorageURLError: There is no such compression.
+            MissingExtraError: The library of the compression is not installed.
+            InvalidSizeError: `max_bytes` is no size.
+            UnknownPolicyError: There is no such policy.
+        """
+        self.path = Path(path)
+        self.max_bytes = None if max_bytes is None else parse_size(max_bytes)
+        self._codec, self._sync = compress, sync
+        encode(b"", compress)  # refuses now what it would refuse later
+        self._evictor = DummyEvictor() if max_bytes is None else make_evictor(evictor, max_bytes)
+        self._pool = BlockPool()
+        self._closed = False
+        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
+        self._known = 0  # holds: the sum of the sizes in _files
+        self._hits = self._misses = self._puts = self._refused = self._evictions = self._corrupt = 0
+        try:
+            self._directory = Directory(self.path)
+        except OSError as error:
+            msg = f"the directory {self.path} cannot be made: {error}; pass one that can be written"
+            raise StorageError(msg) from error
+        with self._directory.translated("open"), self._directory.locked() as total:
+            self._directory.sweep()
+            self._look(total)
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one for ``file:///path?max_bytes=100GiB&evictor=lru&compress=byteplanes%2Bzstd&sync=true``."""
+        parsed = StorageURL.parse(url)
+        if parsed.netloc not in {"", "localhost"} or not parsed.path.startswith("/") or "\x00" in parsed.path:
+            msg = f"file://{parsed.netloc}{parsed.path} names no directory of this machine; write file:///path"
+            raise StorageURLError(msg)
+        max_bytes = parsed.text("max_bytes") or None
+        policy, sync = parsed.text("evictor", "lru"), parsed.switch("sync", default=False)
+        compress = parsed.text("compress").replace(" ", "+")  # in a query, a plus is a space
+        parsed.check_used()
+        return cls(parsed.path, max_bytes, evictor=policy, compress=compress, sync=sync)
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, blob: Blob) -> PutStatus:
+        """See `StorageBackend.put`.
+
+        Raises:
+            StorageFullError: The disk is full.
+        """
+        check_key(key)
+        self._check_open()
+        entry = seal(key, encode(blob, self._codec), codec=self._codec)
+        name, new = name_of(key), _File(key, entry.nbytes)
+        status = PutStatus.ILLEGAL
+        if self.max_bytes is None or new.nbytes <= self.max_bytes:
+            with self._directory.translated("put"), self._directory.aside(name) as (aside, file):
+                write_entry(file, entry)
+                if self._sync:
+                    os.fsync(file)
+                status = self._bring_in(aside, name, new)
+        with self._lock:
+            self._puts += status is PutStatus.LEGAL
+            self._refused += status is PutStatus.ILLEGAL
+        return status
+
+    def _bring_in(self, aside: Path, name: str, new: _File) -> PutStatus:
+        """Give a written file its name, once there is room for it."""
+        with self._directory.locked() as total:
+            if not self._make_room(name, new, total):
+                return PutStatus.ILLEGAL
+            old = self._directory.size(name)
+            try:
+                self._directory.bring_in(aside, name, sync=self._sync)
+            except BaseException:
+                with self._lock:
+                    self._evictor.rollback(self._files, key=name)
+                raise
+            total.nbytes += new.nbytes - old
+            with self._lock:
+                self._list(name, new)
+        return PutStatus.LEGAL
+
+    def _make_room(self, name: str, new: _File, total: Total) -> bool:
+        """Let the policy say who leaves, until all processes together are within the budget."""
+        counted = False  # by the policy, as an entry
+        for look in (False, True):
+            if look:  # other processes have entries that this one does not know
+                self._look(total)
+            while True:
+                over = total.nbytes + new.nbytes - self._directory.size(name) - (self.max_bytes or 0)
+                room = _Room(self._files, over if self.max_bytes is not None else 0)
+                with self._lock:
+                    if counted:
+                        victims = self._evictor.evict(self._files, room=room)
+                    else:
+                        victims, status = self._evictor.update_on_put(self._files, new.nbytes, key=name, room=room)
+                        counted = status is PutStatus.LEGAL
+                    for victim in victims:
+                        self._unlist(victim)
+                    self._evictions += len(victims)
+                if not victims:  # none is needed, or none is known
+                    break
+                for victim in victims:
+                    total.nbytes -= self._directory.unlink(victim)
+            if counted and (over <= 0 or self.max_bytes is None):
+                return True
+        if counted:
+            with self._lock:
+                self._evictor.rollback(self._files, key=name)
+        return False
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> memoryview | None:
+        """See `StorageBackend.get`. The bytes are read and compared with their checksum."""
+        check_key(key)
+        self._check_open()
+        name = name_of(key)
+        found = None
+        try:
+            with self._directory.translated("get"), self._directory.opened(name) as file:
+                if file is not None and not self._evictor.has_expired(name):
+                    found = read_entry(file, key, self._pool)
+                    with suppress(OSError):  # recency, for other processes and for later ones
+                        os.utime(file)
+        except MissingExtraError as error:
+            _logger.warning("an entry in %s cannot be read here, which is a miss: %s", self.path, error)
+        except BlobError as error:
+            with self._directory.translated("set aside"), self._directory.locked() as total:
+                total.nbytes -= self._directory.size(name)
+                self._put_away(name, error)
+        with self._lock:
+            if found is None:
+                self._misses += 1
+                return None
+            nbytes, blob = found
+            self._hits += 1
+            # One that this process did not know may be gone again; whoever removes it unlists it after this.
+            if self._files.get(name) == _File(key, nbytes) or self._directory.contains(name):
+                self._learn(name, _File(key, nbytes))
+                self._evictor.update_on_get(name, self._files)
+            return blob
+
+    def get_into(self, key: str, buffer: memoryview) -> int | None:
+        """See `SupportsGetInto.get_into`.
+
+        Raises:
+            ValueError: `buffer` is too small.
+        """
+        blob = self.get(key)
+        if blob is None:
+            return None
+        check_buffer(buffer, blob.nbytes)
+        return copy_into(buffer, (blob,))
+
+    def contains(self, key: str) -> bool:
+        """See `StorageBackend.contains`."""
+        check_key(key)
+        self._check_open()
+        name = name_of(key)
+        with self._directory.translated("contains"):
+            return self._directory.contains(name) and not self._evictor.has_expired(name)
+
+    def remove(self, key: str) -> bool:
+        """See `StorageBackend.remove`."""
+        check_key(key)
+        self._check_open()
+        name = name_of(key)
+        with self._directory.translated("remove"), self._directory.locked() as total:
+            found = self._directory.contains(name)
+            total.nbytes -= self._directory.unlink(name)
+            with self._lock:
+                self._evictor.update_on_remove(name, self._files)
+                self._unlist(name)
+        return found
+
+    def list_keys(self) -> list[str]:
+        """See `StorageBackend.list_keys`. Looks at the directory, and reads the headers of files that are new to it."""
+        self._check_open()
+        with self._directory.translated("list"), self._directory.locked() as total:
+            self._look(total)
+        with self._lock:
+            return [file.key for file in self._files.values()]
+
+    def close(self) -> None:
+        """Let go of the directory, which keeps its entries. Idempotent."""
+        self._closed = True
+        self._pool.trim(0)
+
+    def stats(self) -> StorageStats:
+        """Return what this process knows of the directory, and did in it."""
+        with self._lock:
+            return StorageStats(
+                entries=len(self._files),
+                current_bytes=self._known,
+                max_bytes=self.max_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                puts=self._puts,
+                refused=self._refused,
+                evictions=self._evictions,
+                corrupt=self._corrupt,
+            )
+
+    # --- what this process knows of the directory ---------------------------------------------------------------------
+
+    def _look(self, total: Total) -> None:
+        """Learn what is in the directory, and count it anew. The directory is locked."""
+        there = self._directory.scan(total)
+        with self._lock:
+            for name in self._files.keys() - there.keys():
+                self._evictor.update_on_remove(name, self._files)
+                self._unlist(name)
+            known = {name: file.nbytes for name, file in self._files.items()}
+        for name, nbytes in there.items():
+            if known.get(name) == nbytes:
+                continue
+            try:
+                with self._directory.opened(name) as file:
+                    key = read_key(file) if file is not None else ""
+                if name_of(key) != name:
+                    msg = "the file is not named after its key"
+                    raise BlobError(msg)  # noqa: TRY301 - one way for every damage
+            except BlobError as error:
+                total.nbytes -= nbytes
+                self._put_away(name, error)
+            else:
+                with self._lock:
+                    self._learn(name, _File(key, nbytes))
+
+    def _put_away(self, name: str, error: BlobError) -> None:
+        """Take a damaged file out of the way, and keep it for whoever wants to know. The directory is locked."""
+        away = self._directory.put_away(name)
+        _logger.warning("an entry is damaged, which is a miss, and now at %s: %s", away, error)
+        with self._lock:
+            self._corrupt += 1
+            self._evictor.update_on_remove(name, self._files)
+            self._unlist(name)
+
+    def _learn(self, name: str, file: _File) -> None:
+        """List a file that somebody else wrote. The lock is held."""
+        if self._files.get(name) != file:
+            self._evictor.update_on_put(self._files, file.nbytes, key=name, room=_Room(self._files, 0))
+            self._list(name, file)
+
+    def _list(self, name: str, file: _File) -> None:
+        """List a file that the policy has counted. The lock is held."""
+        self._unlist(name)
+        self._files[name] = file
+        self._known += file.nbytes
+
+    def _unlist(self, name: str) -> None:
+        """Unlist a file. The lock is held."""
+        gone = self._files.pop(name, None)
+        if gone is not None:
+            self._known -= gone.nbytes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = f"the storage in {self.path} is closed; open another"
+            raise StorageError(msg)

@@ -1,0 +1,249 @@
+"""``memory://``: blobs in host memory, within a budget of bytes, freed the moment they leave."""
+
+import mmap
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Self
+
+from agnostic_cache.errors import StorageError
+from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.sizes import parse_size
+from agnostic_cache.storage.backend import (
+    Blob,
+    StorageBackend,
+    StorageStats,
+    check_buffer,
+    check_key,
+    copy_into,
+    pieces_of,
+)
+from agnostic_cache.storage.blocks import BlockPool, is_read
+from agnostic_cache.storage.url import StorageURL
+
+_IDLE_SHARE = 32  # at most this fraction of what is listed lies idle in the pool, so that what is freed is freed
+
+
+class _Entry:
+    """A blob in a block of its own."""
+
+    __slots__ = ("block", "nbytes")
+
+    def __init__(self, block: mmap.mmap, nbytes: int) -> None:
+        self.block = block
+        self.nbytes = nbytes  # of the blob
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether somebody reads it: letting it go would free nothing."""
+        return is_read(self.block)
+
+
+class _Room:
+    """What the budget lacks; see `agnostic_cache.eviction.Room`."""
+
+    def __init__(self, entries: "OrderedDict[str, _Entry]", over: int) -> None:
+        self._entries = entries
+        self._over = over
+
+    def short(self) -> bool:
+        return self._over > 0
+
+    def let_go(self, key: str) -> bool:
+        self._over -= len(self._entries[key].block)
+        return True
+
+
+class MemoryStorage(StorageBackend):
+    """Blobs in host memory, one anonymous mapping each, so that evicted memory goes back to the system.
+
+    >>> storage = MemoryStorage("1MiB")
+    >>> storage.put("a", b"some bytes")
+    <PutStatus.LEGAL: 1>
+    >>> bytes(storage.get("a"))
+    b'some bytes'
+
+    `get` copies nothing. An entry that is being read is passed over by eviction; one that was removed or overwritten
+    meanwhile counts against the budget (``stats().deferred_bytes``) until its last reader lets go. The budget holds at
+    any time, what is being copied included.
+    """
+
+    def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor = "lru") -> None:
+        """Make an empty storage.
+
+        Args:
+            max_bytes: Budget, such as ``"4GiB"``. Each blob takes whole pages of memory, and counts so.
+            evictor: Name of a policy, or an evictor that serves nobody else.
+
+        Raises:
+            InvalidSizeError: `max_bytes` is no size.
+            UnknownPolicyError: There is no such policy.
+        """
+        self.max_bytes = parse_size(max_bytes)
+        self._evictor = make_evictor(evictor, self.max_bytes)
+        self._pool = BlockPool()
+        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._arriving: dict[str, int] = {}  # keys that a thread copies to, and the bytes promised to it
+        self._deferred: list[tuple[weakref.ref[mmap.mmap], int]] = []  # left while somebody read them; his to free
+        self._listed = 0  # holds: the sum of the blocks of _entries
+        self._closed = False
+        self._hits = self._misses = self._puts = self._refused = self._evictions = 0
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one for ``memory://?max_bytes=4GiB&evictor=lru``."""
+        parsed = StorageURL.parse(url)
+        storage = cls(parsed.text("max_bytes", "4GiB"), evictor=parsed.text("evictor", "lru"))
+        parsed.check_used()
+        return storage
+
+    def put(self, key: str, blob: Blob) -> PutStatus:
+        """See `StorageBackend.put`. A put of a key that another thread is putting leaves it to that thread."""
+        check_key(key)
+        nbytes, pieces = pieces_of(blob)
+        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        with self._lock:
+            self._check_open()
+            if key in self._arriving:
+                return PutStatus.LEGAL
+            leaving = self._make_room(key, size)
+            if leaving is None:
+                self._refused += 1
+                return PutStatus.ILLEGAL
+            self._arriving[key] = size
+        try:
+            for block in leaving:  # the newcomer may find its memory among them
+                self._pool.give(block, self.max_bytes)
+            del leaving
+            block = self._pool.take(size)
+            if len(block) != size:
+                block.resize(size)
+            with memoryview(block) as whole:
+                copy_into(whole, pieces)
+        except BaseException:
+            with self._lock:
+                self._arriving.pop(key, None)
+                self._evictor.rollback(self._entries, key=key)
+            raise
+        finally:
+            self._pool.trim(self._listed // _IDLE_SHARE)
+        with self._lock:
+            self._arriving.pop(key, None)
+            if not self._closed:
+                self._entries[key] = _Entry(block, nbytes)
+                self._listed += size
+                self._puts += 1
+        return PutStatus.LEGAL
+
+    def _make_room(self, key: str, size: int) -> list[mmap.mmap] | None:
+        """Unlist who must leave, the entry to be overwritten included, or return None. The lock is held."""
+        old = self._entries.get(key)
+        freed = len(old.block) if old is not None and not old.is_pinned else 0
+        taken = self._listed + sum(self._arriving.values()) + self._deferred_bytes()
+        room = _Room(self._entries, taken - freed + size - self.max_bytes)
+        if size > self.max_bytes:
+            return None
+        victims, status = self._evictor.update_on_put(self._entries, size, key=key, room=room)
+        if status is PutStatus.ILLEGAL:
+            return None
+        self._evictions += len(victims)
+        return [block for name in (*victims, key) if (block := self._unlist(name)) is not None]
+
+    def _unlist(self, key: str) -> mmap.mmap | None:
+        """Take an entry out of the listing; return its block where nobody reads it. The lock is held."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        self._listed -= len(entry.block)
+        if entry.is_pinned:
+            self._deferred.append((weakref.ref(entry.block), len(entry.block)))
+            return None
+        return entry.block
+
+    def _deferred_bytes(self) -> int:
+        """Count what left and is still read. The lock is held."""
+        self._deferred = [(block, nbytes) for block, nbytes in self._deferred if block() is not None]
+        return sum(nbytes for _, nbytes in self._deferred)
+
+    def get(self, key: str) -> memoryview | None:
+        """See `StorageBackend.get`. Copies nothing."""
+        check_key(key)
+        with self._lock:
+            self._check_open()
+            entry = self._entries.get(key)
+            if entry is None or self._evictor.has_expired(key):
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._evictor.update_on_get(key, self._entries)
+            return memoryview(entry.block)[: entry.nbytes].toreadonly()
+
+    def get_into(self, key: str, buffer: memoryview) -> int | None:
+        """See `SupportsGetInto.get_into`.
+
+        Raises:
+            ValueError: `buffer` is too small.
+        """
+        blob = self.get(key)
+        if blob is None:
+            return None
+        check_buffer(buffer, blob.nbytes)
+        return copy_into(buffer, (blob,))
+
+    def contains(self, key: str) -> bool:
+        """See `StorageBackend.contains`."""
+        check_key(key)
+        with self._lock:
+            self._check_open()
+            return key in self._entries and not self._evictor.has_expired(key)
+
+    def remove(self, key: str) -> bool:
+        """See `StorageBackend.remove`."""
+        check_key(key)
+        with self._lock:
+            self._check_open()
+            found = key in self._entries
+            if found:
+                self._evictor.update_on_remove(key, self._entries)
+            block = self._unlist(key)
+        del block  # unmapped here, without the lock
+        self._pool.trim(self._listed // _IDLE_SHARE)
+        return found
+
+    def list_keys(self) -> list[str]:
+        """See `StorageBackend.list_keys`. Oldest first, as the policy orders them."""
+        with self._lock:
+            self._check_open()
+            return list(self._entries)
+
+    def close(self) -> None:
+        """Let go of every entry. Idempotent."""
+        with self._lock:
+            self._closed = True
+            gone, self._entries = self._entries, OrderedDict()
+            self._listed, self._deferred = 0, []
+            self._evictor.reset()
+        gone.clear()  # unmapped here, without the lock
+        self._pool.trim(0)
+
+    def stats(self) -> StorageStats:
+        """Return what the storage holds and did."""
+        with self._lock:
+            return StorageStats(
+                entries=len(self._entries),
+                current_bytes=self._listed,
+                deferred_bytes=self._deferred_bytes(),
+                max_bytes=self.max_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                puts=self._puts,
+                refused=self._refused,
+                evictions=self._evictions,
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = "this memory:// storage is closed; open another"
+            raise StorageError(msg)
