@@ -28,6 +28,7 @@ def loaded(code: str) -> set[str]:
 
 def test_import() -> None:
     assert loaded("import agnostic_cache") == {"agnostic_cache"}
+    assert loaded("from agnostic_cache import *") == {"agnostic_cache"}
 
 
 def test_states_in_host_memory_need_nothing_else() -> None:
@@ -37,4 +38,6 @@ def test_states_in_host_memory_need_nothing_else() -> None:
 def test_every_public_name_is_there() -> None:
     import agnostic_cache  # noqa: PLC0415
 
-    assert all(hasattr(agnostic_cache, name) for name in agnostic_cache.__all__)
+    assert all(getattr(agnostic_cache, name).__name__ == name for name in agnostic_cache.__all__)
+    assert dir(agnostic_cache) == sorted(agnostic_cache.__all__)
+    assert not hasattr(agnostic_cache, "nothing")
