@@ -1,5 +1,6 @@
 """StateCache: who leaves, and when what left is free."""
 
+import gc
 from contextlib import ExitStack
 from typing import Any
 
@@ -218,6 +219,20 @@ def test_an_abandoned_borrow_is_given_back_with_a_warning(memory: HostMemory) ->
     with pytest.warns(ResourceWarning):
         del lease
     assert cache.current_bytes == 192
+    check(cache, memory)
+
+
+def test_a_borrow_that_only_the_garbage_collector_finds_is_given_back(memory: HostMemory) -> None:
+    cache = memory.cache("a", 64)
+    lease: list[Any] = [cache.borrow("a")]
+    lease.append(lease)
+    lease[0].__enter__()
+    del lease
+    assert cache.put("b", memory.state(64)) is ILLEGAL
+    with pytest.warns(ResourceWarning):
+        gc.collect()
+    assert cache.stats().borrowed_bytes == 0
+    assert cache.put("b", memory.state(64)) is LEGAL
     check(cache, memory)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch_subject
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_subject import JaxSubject
+from stress import check, survive
 from torch_subject import TorchSubject
 from transformers import DynamicCache, MistralConfig
 
@@ -411,3 +412,8 @@ class TestMixing:
             KVState.join([head, tail])
         joined = KVState.join([head.to("jax"), tail])
         assert Grid.of(JAX.values(only(joined)), (3, 3), 4).take(0, 2, 3) == JAX.grid(only(tail))
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_threads_read_through_the_other_framework_what_others_evict(framework: str) -> None:
+    check(survive("stress_crossing", framework))

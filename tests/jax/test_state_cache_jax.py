@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_subject import live_bytes
 from peak import RESET, peak_bytes
+from stress import check, survive
 
 from agnostic_cache import StateCache
 from agnostic_cache.errors import BorrowViolationError, DeletedArrayError, UnsupportedArrayError
@@ -213,3 +214,7 @@ def test_a_put_takes_one_copy_and_no_more() -> None:
     jax.block_until_ready(state)
     assert peak_bytes(put) < 1.1 * nbytes
     assert peak_bytes(lambda: cache.put("b", state, move=True)) < 0.1 * nbytes
+
+
+def test_threads_read_what_others_evict() -> None:
+    check(survive("stress_jax"))

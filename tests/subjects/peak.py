@@ -18,6 +18,11 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def resident_bytes() -> int:
+    """Return the resident memory of this process, or 0 where the kernel does not tell."""
+    return _status("VmRSS") if RESET.exists() else 0
+
+
 def trim() -> None:
     """Give memory that is free back to the system, so that who allocates next gets it fresh."""
     gc.collect()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peak import RESET, peak_bytes
+from stress import check, survive
 from torch_subject import live_bytes
 
 from agnostic_cache import StateCache
@@ -160,3 +161,7 @@ def test_a_put_takes_one_copy_and_no_more() -> None:
     assert peak_bytes(lambda: cache.put("a", state)) < 0.1 * nbytes  # the old one makes room first
     assert peak_bytes(lambda: cache.put("b", state, move=True)) < 0.1 * nbytes
     assert cache.current_bytes == 2 * nbytes
+
+
+def test_threads_read_what_others_evict() -> None:
+    check(survive("stress_torch"))
