@@ -77,12 +77,6 @@ class JaxAdapter(Adapter):
         if type(array.sharding) is SingleDeviceSharding:
             nbytes = array.size * array.dtype.itemsize
             return (Storage(array.unsafe_buffer_pointer(), nbytes, self._device_name(array)),)
-        if not array.is_fully_addressable:
-            msg = (
-                f"a {array.dtype} array of shape {array.shape} has shards on other hosts; keep each host's part in "
-                "its own cache"
-            )
-            raise UnsupportedArrayError(msg)
         shards = (shard.data for shard in array.addressable_shards)
         return [Storage(part.unsafe_buffer_pointer(), part.nbytes, self._device_name(part)) for part in shards]
 
@@ -286,6 +280,12 @@ class JaxAdapter(Adapter):
                 "call, and use what that call returns"
             )
             raise DeletedArrayError(msg)
+        if type(array.sharding) is not SingleDeviceSharding and not array.is_fully_addressable:
+            msg = (
+                f"a {array.dtype} array of shape {array.shape} has shards on other hosts; keep each host's part, its "
+                "addressable_shards, in a cache of its own"
+            )
+            raise UnsupportedArrayError(msg)
 
     def _dtype(self, array: jax.Array) -> Dtype:
         dtype = self._dtypes.get(array.dtype)  # the name of a NumPy dtype costs 12 us
