@@ -24,11 +24,11 @@ RESERVED: Final = "agnostic_cache."
 CHUNK: Final = 256 * 1024
 """Bytes that are summed and handed on at a time: what the checksum read, the copy then finds in the CPU's cache."""
 
-_CHECKSUM = f"{RESERVED}checksum"
+_CHECKSUM, _GAP = f"{RESERVED}checksum", f"{RESERVED}padding."
 _PREFIX = 8
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 _MAX_AXES = 64
-_INT = frozenset({int})
+_INT, _STR = frozenset({int}), frozenset({str})
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -85,7 +85,7 @@ class Parts:
             pieces.append((at - stop, part.read))
             if at > stop:
                 gap = {"dtype": "U8", "shape": [at - stop], "data_offsets": [stop, at]}
-                tensors[f"{RESERVED}padding.{len(pieces)}"] = gap
+                tensors[f"{_GAP}{len(pieces)}"] = gap
         if algorithm is not None:
             metadata = {**metadata, _CHECKSUM: algorithm}
             stop = at + DIGEST_BYTES[algorithm]
@@ -193,7 +193,7 @@ def parse_header(memory: memoryview, file_nbytes: int | None = None) -> Header:
 
 def _checked(plain: Any, nbytes: int, total: int) -> Header:
     metadata = plain.pop("__metadata__", {})
-    if not all(isinstance(text, str) for text in (*metadata, *metadata.values())):
+    if not _STR.issuperset(map(type, (*metadata, *metadata.values()))):
         msg = "metadata that is not text"
         raise TypeError(msg)
     tensors: dict[str, Tensor] = {}
@@ -218,8 +218,7 @@ def _checked(plain: Any, nbytes: int, total: int) -> Header:
     if algorithm is not None and (size is None or size != DIGEST_BYTES.get(algorithm, size)):
         msg = f"a checksum {algorithm!r} is named, and the file does not end in one"
         raise BlobError(msg)
-    gaps = f"{RESERVED}padding."
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(gaps)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_GAP)}
     return Header(metadata, tensors, nbytes, algorithm)
 
 

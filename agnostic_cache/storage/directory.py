@@ -58,6 +58,7 @@ class Directory:
         # neither.
         self._door = threading.Lock()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._prefix = os.path.join(path, "")  # noqa: PTH118 - joining Paths takes longer than opening files
 
     @contextmanager
     def locked(self) -> Iterator[Total]:
@@ -110,7 +111,7 @@ class Directory:
     def opened(self, name: str) -> Iterator[int | None]:
         """Open a file for reading, or give None where it is not there."""
         try:
-            file = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            file = os.open(self._prefix + name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             yield None
             return
@@ -121,12 +122,12 @@ class Directory:
 
     def contains(self, name: str) -> bool:
         """Say whether a file is there."""
-        return (self.path / name).exists()
+        return os.access(self._prefix + name, os.F_OK)
 
     def size(self, name: str) -> int:
         """Return the size of a file, 0 where it is not there."""
         try:
-            return (self.path / name).stat().st_size
+            return os.stat(self._prefix + name).st_size  # noqa: PTH116 - as above
         except FileNotFoundError:
             return 0
 
