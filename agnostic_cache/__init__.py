@@ -6,20 +6,34 @@ Each name is imported when it is first used: who wants a `SimpleLRUCache` does n
 TYPE_CHECKING = False  # as type checkers know it; typing's own takes a third of the time of all imports
 if TYPE_CHECKING:
     from agnostic_cache.cache import Cache, SimpleLRUCache
+    from agnostic_cache.fingerprint import model_fingerprint
+    from agnostic_cache.prefix.prefix_cache import PrefixCache
     from agnostic_cache.state.kv_state import KVState
     from agnostic_cache.state.layout import KVLayout
     from agnostic_cache.state.wrapping import wrap
     from agnostic_cache.state_cache import StateCache
     from agnostic_cache.storage.registry import open_storage
 
-__all__ = ["Cache", "KVLayout", "KVState", "SimpleLRUCache", "StateCache", "open_storage", "wrap"]
+__all__ = [
+    "Cache",
+    "KVLayout",
+    "KVState",
+    "PrefixCache",
+    "SimpleLRUCache",
+    "StateCache",
+    "model_fingerprint",
+    "open_storage",
+    "wrap",
+]
 
 _HOMES = {
     "Cache": "cache",
     "KVLayout": "state.layout",
     "KVState": "state.kv_state",
+    "PrefixCache": "prefix.prefix_cache",
     "SimpleLRUCache": "cache",
     "StateCache": "state_cache",
+    "model_fingerprint": "fingerprint",
     "open_storage": "storage.registry",
     "wrap": "state.wrapping",
 }

@@ -103,3 +103,15 @@ class CacheCopyError(AgnosticCacheError, TypeError):
 
 class WireError(AgnosticCacheError, ValueError):
     """A message or key of the lm:// wire means nothing, or cannot be said on it."""
+
+
+class InvalidTokensError(AgnosticCacheError, ValueError, TypeError):
+    """Tokens are not a one-dimensional sequence of integers in ``[0, 2**32)``."""
+
+
+class InvalidNamespaceError(AgnosticCacheError, ValueError, TypeError):
+    """A namespace is no str or empty, or a salt or context is no bytes."""
+
+
+class CacheBypassWarning(UserWarning):
+    """A call went past the cache, because something that it depends on cannot be put into a key."""

@@ -111,3 +111,39 @@ class Borrow:
             warnings.warn(
                 f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1
             )
+
+
+class Borrows:
+    """A lease on several entries at once, from `StateCache.borrow_all`: closed once, by whoever is done with it."""
+
+    __slots__ = ("_cache", "_entries", "_lent")
+
+    def __init__(self, cache: "StateCache", entries: list[Entry]) -> None:
+        """Take over entries whose borrows are counted already."""
+        self._cache = cache
+        self._entries = entries
+        self._lent: list[KVState] = []
+
+    def __len__(self) -> int:
+        """How many entries are lent."""
+        return len(self._entries)
+
+    def states(self) -> list[KVState]:
+        """Return the state under each key, raising `ReleasedError` once the lease is closed. Copies nothing."""
+        if not self._lent:
+            self._lent = [entry.state.lend() for entry in self._entries]
+        return self._lent
+
+    def close(self) -> None:
+        """End the lease. Idempotent."""
+        entries, self._entries = self._entries, []
+        for lent in self._lent:
+            lent.end("borrowed, and its borrow has ended")
+        self._lent = []
+        if entries:
+            self._cache._give_back_all(entries)
+
+    def __del__(self) -> None:
+        """Give back what was never closed."""
+        for entry in self._entries:
+            self._cache._abandon(entry)

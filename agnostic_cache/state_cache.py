@@ -8,13 +8,13 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.cache import Cache
 from agnostic_cache.errors import BorrowedError, CacheCopyError, InvalidKeyError, UnknownPolicyError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.lease import Borrow, Entry, Key
+from agnostic_cache.lease import Borrow, Borrows, Entry, Key
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.state.adapter import Adapter, Storage
 from agnostic_cache.state.kv_state import KVState
@@ -270,6 +270,31 @@ class StateCache(Cache):
         """
         return Borrow(self, key, raw)
 
+    def borrow_all(self, keys: Sequence[Key]) -> Borrows:
+        """Lend what is under the first keys, up to the first that is not there, as raw `KVState`s.
+
+        For entries that only make sense one after another: the last key becomes newer first and the first key last, so
+        that what the others hang on leaves last. ``debug=True`` does not watch these leases.
+        """
+        if self._in_finaliser():
+            return Borrows(self, [])
+        if self._put_off:
+            _raise_all(self._drain())
+        found: list[Entry] = []
+        lease = Borrows(self, found)  # first: from now on nothing can come between a count and who takes it back
+        with self._lock:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is None:
+                    self._misses += 1
+                    break
+                entry.borrows += 1
+                found.append(entry)
+            for entry in reversed(found):
+                self._entries.move_to_end(entry.key)
+            self._hits += len(found)
+        return lease
+
     def pop(self, key: Key) -> Any | None:
         """Take the state out without releasing it: it is the caller's. None where `key` is not there.
 
@@ -407,6 +432,24 @@ class StateCache(Cache):
             self._count_leaving(entry)
         errors: _Errors = []
         self._free([entry], errors)
+        _raise_all(errors)
+
+    def _give_back_all(self, entries: Iterable[Entry]) -> None:
+        if self._in_finaliser():
+            for entry in entries:
+                self._abandon(entry)
+            return
+        left = []
+        with self._lock:
+            for entry in entries:
+                entry.borrows -= 1
+                if not (entry.listed or entry.borrows) and entry in self._unlisted:
+                    left.append(entry)
+            for entry in left:
+                self._unlisted.discard(entry)
+                self._count_leaving(entry)
+        errors: _Errors = []
+        self._free(left, errors)
         _raise_all(errors)
 
     def _abandon(self, entry: Entry) -> None:

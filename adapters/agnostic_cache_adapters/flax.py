@@ -12,9 +12,9 @@ from flax import nnx
 
 from agnostic_cache.state.adapter import Opened
 from agnostic_cache.state.layout import LENGTH, TOKENS, KVLayout
-from agnostic_cache_adapters.jax import JaxAdapter, on_evict
+from agnostic_cache_adapters.jax import JaxAdapter, on_evict, resume, store
 
-__all__ = ["DECODE", "FlaxAdapter", "adapter", "on_evict"]
+__all__ = ["DECODE", "FlaxAdapter", "adapter", "on_evict", "resume", "store"]
 
 DECODE = KVLayout({"*cached_key": TOKENS(-3), "*cached_value": TOKENS(-3), "*cache_index": LENGTH})
 """``decode=True`` attention of linen and nnx: keys and values of shape (batch, tokens, heads, dim)."""

@@ -38,6 +38,8 @@ _storage = functools.partial(tuple.__new__, Storage)  # at a third of the time o
 _LARGE_BYTES: Final = 2 * 1024 * 1024
 _STRIDED: Final = frozenset({torch.strided})
 _PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_SAMPLED: Final = 1024  # elements of a parameter that its sample reads from a device
+_ADAPTER_FIELDS: Final = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
 _CONSTANTS: Final = (torch.dtype, torch.device, torch.Size)
 _TORCH: dict[Dtype, torch.dtype] = {dtype: name for name, dtype in _DTYPES.items()}
 _TORCH |= {Dtype.INT4: torch.int8, Dtype.UINT4: torch.uint8}  # no arithmetic on torch.int4: one byte per element
@@ -228,6 +230,23 @@ class TorchAdapter(Adapter):
                 target[index].copy_(source[source_index].permute(order))
         return [fill.target for fill in fills]
 
+    def model_parts(self, model: object) -> tuple[str, Mapping[str, torch.Tensor]] | None:
+        """Return configuration, active adapters, parameters and buffers of a module."""
+        if not isinstance(model, torch.nn.Module):
+            return None
+        config: Any = getattr(model, "config", None)
+        described = config.to_json_string() if hasattr(config, "to_json_string") else ""
+        words = f"{type(model).__qualname__} {described} {active_adapters(model)}"
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return words, {name: tensor.detach() for name, tensor in tensors}
+
+    def sample(self, array: torch.Tensor) -> bytes:
+        """Read from the device only what is sampled."""
+        if array.is_cpu or not array.is_contiguous():
+            return super().sample(array)
+        flat = array.view(-1)
+        return bytes(self.to_host(flat[:: max(flat.numel() // _SAMPLED, 1)].contiguous()).memory)
+
     def is_constant(self, value: object) -> bool:
         """See `Adapter.is_constant`."""
         return isinstance(value, _CONSTANTS)
@@ -277,6 +296,16 @@ def _leaf_references() -> int:
 
 
 _LEAF_REFERENCES: Final = _leaf_references()
+
+
+def active_adapters(model: torch.nn.Module) -> list[tuple[str, str]]:
+    """Say which adapters (LoRA and its kin, as PEFT adds them) compute in which module, and which are merged."""
+    return [
+        (name, repr([getattr(module, field, None) for field in _ADAPTER_FIELDS]))
+        for name, module in model.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
+    ]
+
 
 adapter = TorchAdapter()
 

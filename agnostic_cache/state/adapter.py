@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_c
 
 from agnostic_cache.errors import StructureMismatchError
 from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray, copy_rows, row_major_bytes
+from agnostic_cache.state.host import ALIGNMENT, HostArray, copy_rows, row_major_bytes
 from agnostic_cache.state.roles import Hint
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Array = Any
 """An array of the adapter's framework. The core never looks inside."""
+
+_SAMPLES = 64  # pieces of an array that `sample` reads
 
 
 class ArraySpec(NamedTuple):
@@ -210,6 +212,14 @@ class Adapter(ABC):
             results.append(self.from_host(target))
         return results
 
+    def hold_together(self, arrays: Sequence[Array], axis: int) -> Any:
+        """Return what `close` takes for one leaf of a frozen container in place of the concatenation of `arrays`.
+
+        Here that is the concatenation, a copy. An adapter whose container joins its rows with the next ones anyway may
+        hand over the parts, which nobody writes.
+        """
+        return self.concat_all([(arrays, axis)])[0]
+
     def compact_nbytes(self, arrays: Sequence[Array]) -> Mapping[str, int]:
         """Return the bytes per device that `copy_all` of these arrays will keep alive. Validates every array."""
         total: dict[str, int] = {}
@@ -285,6 +295,20 @@ class Adapter(ABC):
     def is_deleted(self, array: Array) -> bool:  # noqa: ARG002
         """Say whether somebody deleted or donated `array`."""
         return False
+
+    def model_parts(self, model: object) -> tuple[str, Mapping[str, Array]] | None:  # noqa: ARG002
+        """Return what describes a model of this framework in words, and its parameters by name; None where it is none.
+
+        The words are equal for equal models in every process; they name what parameters alone do not tell: the
+        configuration, which adapters are active.
+        """
+        return None
+
+    def sample(self, array: Array) -> bytes:
+        """Return some of the bytes of `array`, spread over all of it and the same every time."""
+        memory = self.to_host(array).memory
+        step = max(len(memory) // _SAMPLES // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        return b"".join(memory[at : at + ALIGNMENT] for at in range(0, len(memory), step))
 
     # --- containers --------------------------------------------------------------------------------------------------
 

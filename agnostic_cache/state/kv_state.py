@@ -272,7 +272,7 @@ class KVState:
         leaves = self._alive()
         self._check_complete()
         if like is not None:
-            return fill_template(self, like, layout)
+            return fill_template([self], like, layout)
         if self._ownership is Ownership.SHARED and self._adapter.mutable:
             return self.fork().unwrap()
         arrays = {name: leaf.array for name, leaf in leaves.items()}

@@ -133,6 +133,11 @@ def adapter_for(value: object) -> Adapter:
     return _process.of(value)
 
 
+def loaded_adapters() -> list[Adapter]:
+    """Return the adapters whose frameworks are imported, most derived first."""
+    return _process.adapters()
+
+
 def adapter_named(name: str) -> Adapter:
     """Return the adapter of a framework by name, importing it where needed.
 

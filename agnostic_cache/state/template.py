@@ -1,11 +1,12 @@
 """Writing a state into a template that the caller gave up: fixed buffers, a fresh cache, another framework's tree.
 
 Leaves are paired by canonical name and axes by axis name, never by position. A stacked template leaf ``layers.*.key``
-takes its layers from ``layers.0.key`` on, and the reverse.
+takes its layers from ``layers.0.key`` on, and the reverse. The state may come in adjacent parts, which then need not be
+joined first: each part's rows go where they belong.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agnostic_cache.errors import StructureMismatchError
@@ -30,26 +31,50 @@ class _Slot(NamedTuple):
     hint: Hint | None
 
 
-def fill_template(state: "KVState", like: object, layout: "KVLayout | None") -> Any:
-    """Write `state` into `like`; see `KVState.unwrap`."""
-    target = adapter_for(like)
-    if target.framework != state.framework:
-        state = state.to(target.framework)
-    adapter = target
-    like = adapter.prepare_like(like, state.length, _layers(state))
+class _Piece(NamedTuple):
+    """What one part of a state has for one slot.
+
+    Attributes:
+        name: Name of the leaf in the part.
+        leaf: The leaf.
+        target_layer: Layer of a stacked slot, or None.
+        source_layer: Layer of a stacked leaf, or None.
+        begin: Token of the state that the part begins with.
+        length: Tokens of the part.
+        owner: The part.
+    """
+
+    name: str
+    leaf: Leaf
+    target_layer: int | None
+    source_layer: int | None
+    begin: int
+    length: int
+    owner: "KVState"
+
+
+def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | None") -> Any:
+    """Write the adjacent `parts` of a state into `like`; see `KVState.unwrap`."""
+    adapter = adapter_for(like)
+    parts = [part if part.framework == adapter.framework else part.to(adapter.framework) for part in parts]
+    last, length = parts[-1], sum(part.length for part in parts)
+    like = adapter.prepare_like(like, length, _layers(last))
     flat = flatten(like, adapter)
     if layout is None and len(flat.hints) < len(flat.arrays):
-        layout = adapter.known_layout(list(flat.arrays)) or state.layout
-    if layout is not None and layout.rotary and state.rotary and layout.rotary != state.rotary:
-        msg = f"the state's keys are rotated {state.rotary!r}, the template expects {layout.rotary!r}; recompute them"
-        raise StructureMismatchError(msg)
+        layout = adapter.known_layout(list(flat.arrays)) or last.layout
+    for part in parts:
+        if layout is not None and layout.rotary and part.rotary and layout.rotary != part.rotary:
+            msg = (
+                f"the state's keys are rotated {part.rotary!r}, the template expects {layout.rotary!r}; recompute them"
+            )
+            raise StructureMismatchError(msg)
     slots = _slots(flat, layout, adapter)
     given_up = {id(slot.array) for slot in slots.values()}
     arrays: dict[str, Array] = {}
     fills: list[tuple[str, Fill]] = []
     counters: dict[str, Array] = {}
     taken: set[str] = set()
-    vacant = _vacant(state._node) - state.leaves.keys() - state.missing
+    vacant = _vacant(last._node) - last.leaves.keys() - last.missing
     for name, slot in slots.items():
         if slot.hint is not None and slot.hint.role is LENGTH:
             if slot.array is not None:
@@ -57,24 +82,24 @@ def fill_template(state: "KVState", like: object, layout: "KVLayout | None") -> 
             continue
         if slot.array is None and name in vacant:
             continue
-        for source_name, leaf, target_layer, source_layer in _sources(name, slot, state.leaves, adapter):
-            taken.add(source_name)
-            if slot.array is None:
-                arrays[slot.path] = _given(state, leaf, slot, adapter, source_layer)
-                continue
-            fill = _fill(name, leaf, slot, adapter, state.length, target_layer, source_layer)
-            if id(leaf.array) in given_up:  # it would be written, or deleted, before it is read
-                fill = fill._replace(source=adapter.copy_all([leaf.array])[0])
+        pieces = _pieces(name, slot, parts, adapter)
+        taken.update(piece.name for piece in pieces)
+        if slot.array is None:
+            arrays[slot.path] = _given(pieces, slot, adapter, length)
+            continue
+        for fill in _fills(name, slot, pieces, adapter, length):
+            if id(fill.source) in given_up:  # it would be written, or deleted, before it is read
+                fill = fill._replace(source=adapter.copy_all([fill.source])[0])  # noqa: PLW2901
             fills.append((slot.path, fill))
-    left = {name for name, leaf in state.leaves.items() if leaf.role is not LENGTH} - taken
+    left = {name for part in parts for name, leaf in part.leaves.items() if leaf.role is not LENGTH} - taken
     if left:
         msg = f"the template has no leaf for {sorted(left)[:4]} of the state; pass a layout whose names= map it"
         raise StructureMismatchError(msg)
-    # Several fills of one buffer (stacked layers) follow one another; the last handle counts.
+    # Several fills of one buffer (stacked layers, parts) follow one another; the last handle counts.
     done = adapter.fill_all([fill for _, fill in fills])
     arrays.update({path: array for (path, _), array in zip(fills, done, strict=True)})
-    arrays.update({path: adapter.set_counter(counter, state.length) for path, counter in counters.items()})
-    return build(flat.node, arrays, state.length, adapter)
+    arrays.update({path: adapter.set_counter(counter, length) for path, counter in counters.items()})
+    return build(flat.node, arrays, length, adapter)
 
 
 def _vacant(node: Node) -> set[str]:
@@ -115,6 +140,19 @@ def _slots(flat: Flat, layout: "KVLayout | None", adapter: Adapter) -> dict[str,
     return slots
 
 
+def _pieces(name: str, slot: _Slot, parts: Sequence["KVState"], adapter: Adapter) -> list[_Piece]:
+    """What each part has for a slot; of a snapshot, only what the last part has."""
+    found: list[_Piece] = []
+    begin = 0
+    for part in parts:
+        if not (part is not parts[-1] and part.missing and name in part.missing):
+            found += [
+                _Piece(*source, begin, part.length, part) for source in _sources(name, slot, part.leaves, adapter)
+            ]
+        begin += part.length
+    return [piece for piece in found if piece.owner is parts[-1] or piece.leaf.role is not SNAPSHOT]
+
+
 def _sources(
     name: str, slot: _Slot, leaves: Mapping[str, Leaf], adapter: Adapter
 ) -> list[tuple[str, Leaf, int | None, int | None]]:
@@ -138,23 +176,28 @@ def _sources(
     raise StructureMismatchError(msg)
 
 
-def _fill(
-    name: str,
-    leaf: Leaf,
-    slot: _Slot,
-    adapter: Adapter,
-    length: int,
-    target_layer: int | None,
-    source_layer: int | None,
-) -> Fill:
+def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, length: int) -> list[Fill]:
+    """The writes that bring all pieces into the buffer of a slot."""
+    fills = []
+    for layer in {piece.target_layer: None for piece in pieces}:  # in order
+        of_layer = [piece for piece in pieces if piece.target_layer == layer]
+        shapes = [_checked(name, piece, slot, adapter) for piece in of_layer]
+        spans = _spans(name, of_layer, slot, [rows for _, rows, _ in shapes], shapes[0][2], length)
+        for piece, (axes, _, _), span in zip(of_layer, shapes, spans, strict=True):
+            if span is not None:
+                fills.append(_fill(piece, slot.array, axes, span))
+    return fills
+
+
+def _checked(name: str, piece: _Piece, slot: _Slot, adapter: Adapter) -> tuple[tuple[str, ...], int, int]:
+    """Axes of the slot, and the rows that the piece has and the slot has room for; raises where they do not fit."""
+    leaf = piece.leaf
     spec, held = adapter.describe(slot.array), adapter.describe(leaf.array)
     axes = slot.hint.axes if slot.hint is not None and len(slot.hint.axes) == len(spec.shape) else leaf.axes
     if slot.hint is not None and slot.hint.role is SNAPSHOT and leaf.role is not SNAPSHOT:
         axes = leaf.axes  # a layout that says nothing of this leaf
-    drop_target = axes.index("layers") if target_layer is not None else None
-    drop_source = leaf.axes.index("layers") if source_layer is not None else None
-    left = [axis for i, axis in enumerate(axes) if i != drop_target]
-    right = [axis for i, axis in enumerate(leaf.axes) if i != drop_source]
+    left = [axis for axis in axes if piece.target_layer is None or axis != "layers"]
+    right = [axis for axis in leaf.axes if piece.source_layer is None or axis != "layers"]
     if spec.dtype != held.dtype or sorted(left) != sorted(right) or len(axes) != len(spec.shape):
         msg = (
             f"leaf {name!r} is {held.dtype} {dict(zip(leaf.axes, held.shape, strict=True))} in the state and "
@@ -163,46 +206,57 @@ def _fill(
         )
         raise StructureMismatchError(msg)
     tokens = _token_axis(leaf)
-    index: list[int | slice] = [slice(None)] * len(axes)
-    source_index: list[int | slice] = [slice(None)] * len(leaf.axes)
-    if drop_target is not None and target_layer is not None:
-        index[drop_target] = target_layer
-    if drop_source is not None and source_layer is not None:
-        source_index[drop_source] = source_layer
-    for i, axis in enumerate(axes):
-        if i == drop_target:
-            continue
-        at = leaf.axes.index(axis)
+    rows = room = 0
+    for axis in left:
+        has, gets = held.shape[leaf.axes.index(axis)], spec.shape[axes.index(axis)]
         if axis == tokens:
-            source_index[at], index[i] = _span(name, leaf, slot, held.shape[at], spec.shape[i], length)
-        elif spec.shape[i] != held.shape[at]:
+            rows, room = has, gets
+        elif gets != has:
             msg = (
-                f"leaf {name!r} has {axis}={held.shape[at]} in the state and {spec.shape[i]} in the template; make "
-                "a template of the state's shape"
+                f"leaf {name!r} has {axis}={has} in the state and {gets} in the template; make a template of the "
+                "state's shape"
             )
             raise StructureMismatchError(msg)
-    order = tuple(right.index(axis) for axis in left)
-    return Fill(slot.array, tuple(index), leaf.array, tuple(source_index), order)
+    return axes, rows, room
+
+
+def _fill(piece: _Piece, target: Array, axes: tuple[str, ...], span: tuple[slice, slice]) -> Fill:
+    leaf = piece.leaf
+    index: list[int | slice] = [slice(None)] * len(axes)
+    source_index: list[int | slice] = [slice(None)] * len(leaf.axes)
+    if piece.target_layer is not None:
+        index[axes.index("layers")] = piece.target_layer
+    if piece.source_layer is not None:
+        source_index[leaf.axes.index("layers")] = piece.source_layer
+    tokens = _token_axis(leaf)
+    if tokens is not None:
+        source_index[leaf.axes.index(tokens)], index[axes.index(tokens)] = span
+    right = [axis for axis in leaf.axes if piece.source_layer is None or axis != "layers"]
+    order = tuple(right.index(axis) for axis in axes if piece.target_layer is None or axis != "layers")
+    return Fill(target, tuple(index), leaf.array, tuple(source_index), order)
 
 
 def _token_axis(leaf: Leaf) -> str | None:
     return leaf.axes[leaf.role.axis] if isinstance(leaf.role, TOKENS | WINDOW) else None
 
 
-def _span(name: str, leaf: Leaf, slot: _Slot, rows: int, room: int | None, length: int) -> tuple[slice, slice]:
-    """Which rows of a leaf go to which rows of a slot, which has room for any number where `room` is None.
+def _spans(
+    name: str, pieces: Sequence[_Piece], slot: _Slot, rows: Sequence[int], room: int | None, length: int
+) -> list[tuple[slice, slice] | None]:
+    """Which rows of each piece go to which rows of a slot, which has room for any number where `room` is None.
 
     Where a slot is a window, its rows stand for the last tokens, or for the first where it has room for all of them.
 
     Raises:
-        StructureMismatchError: The slot needs rows that the leaf has no more, has no room for them, or its rows stand
-            for another number of tokens.
+        StructureMismatchError: The slot needs rows that the pieces have no more, has no room for them, or its rows
+            stand for another number of tokens.
     """
+    leaf = pieces[-1].leaf
+    if _token_axis(leaf) is None:
+        return [(slice(None), slice(None)) for _ in pieces]
     role = slot.hint.role if slot.hint is not None and isinstance(slot.hint.role, TOKENS | WINDOW) else leaf.role
-    if isinstance(leaf.role, TOKENS):
-        first, end, stride = 0, length // leaf.role.stride, leaf.role.stride
-    else:
-        first, end, stride = leaf.first, min(leaf.first + rows, length), 1
+    stride = leaf.role.stride if isinstance(leaf.role, TOKENS) else 1
+    end = length // stride
     if isinstance(role, WINDOW):
         needed = max(0, end - role.width)
         begin = needed if room is None else max(0, end - room)
@@ -210,37 +264,62 @@ def _span(name: str, leaf: Leaf, slot: _Slot, rows: int, room: int | None, lengt
     else:
         needed = begin = 0
         fits = isinstance(role, TOKENS) and role.stride == stride and (room is None or room >= end)
-    low = max(first, begin)
-    if not fits or low > needed:
+    spans: list[tuple[slice, slice] | None] = []
+    start = reach = 0  # holds: rows [start, reach) are there without a gap
+    for piece, count in zip(pieces, rows, strict=True):
+        if isinstance(piece.leaf.role, TOKENS):
+            first = piece.begin // stride
+            stop = first + piece.length // stride
+        else:
+            first = piece.begin + piece.leaf.first
+            stop = min(first + count, piece.begin + piece.length)
+        if first > reach:
+            start = first
+        reach = max(first, stop)
+        low = max(first, begin)
+        spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)) if low < stop else None)
+    if not fits or max(start, begin) > needed or reach < end:
         msg = (
-            f"leaf {name!r} is {leaf.role} with rows [{first}, {end}) in the state, and {role} with room for "
+            f"leaf {name!r} is {leaf.role} with rows [{start}, {reach}) in the state, and {role} with room for "
             f"{'any' if room is None else room} in the template; make a template of the same role and longer "
             "buffers, or cut the state"
         )
         raise StructureMismatchError(msg)
-    return slice(low - first, end - first), slice(low - begin, end - begin)
+    return spans
 
 
-def _given(state: "KVState", leaf: Leaf, slot: _Slot, adapter: Adapter, layer: int | None) -> Array:
+def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int) -> Array:
     """An array for a container that has room for one: shared where it never writes in place, else a copy."""
-    held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
-    # A snapshot is taken as it is: a container that has none yet cannot say of what shape it will be.
-    axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else tuple(held)
-    if sorted(axes) != sorted(held):
-        msg = (
-            f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "
-            "the layout"
-        )
-        raise StructureMismatchError(msg)
-    index: list[int | slice] = [slice(None)] * len(leaf.axes)
-    if isinstance(leaf.role, TOKENS | WINDOW):
-        rows = adapter.describe(leaf.array).shape[leaf.role.axis]
-        index[leaf.role.axis] = _span(slot.path, leaf, slot, rows, None, state.length)[0]
-    if layer is not None:
-        index[leaf.axes.index("layers")] = layer
-    order = tuple(held.index(axis) for axis in axes)
-    view = adapter.view(leaf.array, tuple(index), order)
-    if state.shareable(leaf) and slot.hint is not None and slot.hint.frozen:
-        state.share()
-        return view
-    return adapter.copy_all([view])[0]
+    rows = [
+        adapter.describe(leaf.array).shape[leaf.role.axis] if isinstance(leaf.role, TOKENS | WINDOW) else 0
+        for leaf in (piece.leaf for piece in pieces)
+    ]
+    frozen = slot.hint is not None and slot.hint.frozen
+    views: list[Array] = []
+    axis: int | None = None
+    for piece, span in zip(pieces, _spans(slot.path, pieces, slot, rows, None, length), strict=True):
+        if span is None and (views or piece is not pieces[-1]):
+            continue
+        leaf, layer = piece.leaf, piece.source_layer
+        held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
+        # A snapshot is taken as it is: a container that has none yet cannot say of what shape it will be.
+        axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else tuple(held)
+        if sorted(axes) != sorted(held):
+            msg = (
+                f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "
+                "the layout"
+            )
+            raise StructureMismatchError(msg)
+        index: list[int | slice] = [slice(None)] * len(leaf.axes)
+        if isinstance(leaf.role, TOKENS | WINDOW):
+            axis = axes.index(leaf.axes[leaf.role.axis])
+            index[leaf.role.axis] = span[0] if span is not None else slice(0, 0)
+        if layer is not None:
+            index[leaf.axes.index("layers")] = layer
+        views.append(adapter.view(leaf.array, tuple(index), tuple(held.index(axis) for axis in axes)))
+        frozen = frozen and piece.owner.shareable(leaf)
+    if frozen:
+        for piece in pieces:
+            piece.owner.share()
+        return views[0] if axis is None or len(views) == 1 else adapter.hold_together(views, axis)
+    return adapter.copy_all(views)[0] if axis is None else adapter.concat_all([(views, axis)])[0]

@@ -29,6 +29,9 @@ from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.host import ALIGNMENT, HostArray
 from agnostic_cache.state.layout import LENGTH, TOKENS, KVLayout
 from agnostic_cache.state.tree import flatten, strip
+from agnostic_cache_adapters.jax.loop import resume, store
+
+__all__ = ["TUNIX", "JaxAdapter", "adapter", "on_evict", "resume", "store"]
 
 TUNIX = KVLayout(
     {"layer_{i}.k": TOKENS(1), "layer_{i}.v": TOKENS(1), "layer_{i}.end_index": LENGTH},
@@ -41,6 +44,7 @@ TUNIX = KVLayout(
 )
 """google-tunix: ``{"layer_<i>": {"k", "v": (batch, tokens, heads, dim), "end_index": (batch,)}}``."""
 
+_SAMPLED = 1024  # elements of a parameter that its sample reads from a device
 _PYTREE = "jax.pytree"
 _WIDE = {"int64", "uint64", "float64", "complex128"}
 _PACKED = {"int4", "uint4"}  # two elements to a byte, in memory of which NumPy sees an unpacked copy
@@ -220,6 +224,12 @@ class JaxAdapter(Adapter):
                     block = jax.device_put(block, held.sharding)
                 owned[id(target)] = _write(held, block, _starts(index))
         return [owned[id(fill.target)] for fill in fills]
+
+    def sample(self, array: jax.Array) -> bytes:
+        """Read from the device only what is sampled."""
+        if _on_host(array):
+            return super().sample(array)
+        return np.asarray(jnp.ravel(array)[:: max(array.size // _SAMPLED, 1)]).tobytes()
 
     def is_constant(self, value: object) -> bool:
         """See `Adapter.is_constant`."""
