@@ -1,12 +1,14 @@
 """StateCache: what it tells: callbacks, errors, statistics, traces, violations."""
 
 import gc
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
-from host_memory import Forking, Growing, HostMemory, check, fills, found, keys, letter
+from host_memory import Forking, Growing, HostMemory, Waiting, check, fills, found, keys, letter
 
 from agnostic_cache import KVState, StateCache, wrap
 from agnostic_cache.errors import (
@@ -191,6 +193,32 @@ def test_an_interrupt_in_the_middle_of_a_copy_leaves_the_count_exact(memory: Hos
     assert cache.current_bytes == 192
     check(cache, memory)
     assert cache.put("e", memory.state(256)) is LEGAL  # the whole budget is there again
+    check(cache, memory)
+
+
+@pytest.mark.parametrize("call", ["put", "overwrite", "get", "pop"])
+def test_a_signal_in_the_middle_of_a_copy_leaves_the_count_exact(call: str) -> None:
+    memory = Waiting()
+    cache = memory.cache("abc", 256)
+    if call == "pop":  # which copies what another entry holds too
+        shared = memory.array(64, ord("d"))
+        cache.put("d", {"0": shared}, move=True)
+        cache.put("a", {"0": shared}, move=True)
+        del shared
+    calls: dict[str, Callable[[], object]] = {
+        "put": lambda: cache.put("e", memory.state(128)),
+        "overwrite": lambda: cache.put("a", memory.state(64)),
+        "get": lambda: cache.get("a"),
+        "pop": lambda: cache.pop("d"),
+    }
+    memory.wait = partial(signal.raise_signal, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        calls[call]()
+    memory.wait = None
+    gc.collect()
+    check(cache, memory)
+    assert keys(cache) == {"put": "bc", "overwrite": "bc", "get": "abc", "pop": "abc"}[call]
+    assert cache.put("f", memory.state(256)) is LEGAL  # the whole budget is there again
     check(cache, memory)
 
 

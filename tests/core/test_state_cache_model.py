@@ -1,12 +1,13 @@
 """StateCache against a plain model, in any order of calls: counts are exact, the budget holds, the right ones leave."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from host_memory import HostMemory, State, check, fills, found
+from host_memory import Forking, Growing, State, check, fills, found
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -23,21 +24,22 @@ KEYS = st.sampled_from("abcde")
 SIZES = st.lists(st.sampled_from([64, 64, 128, 320]), min_size=1, max_size=3)
 
 
-class Interrupt(BaseException):
-    """What comes in the middle of a copy; pytest itself would listen to a KeyboardInterrupt."""
-
-
 class Freeing(Exception):  # noqa: N818 - a fault of the test's own, not an error
     """What a callback raises."""
 
 
 class Entry:
-    """What the model knows of an entry: its blocks by number, how many bytes each has, and what fills them."""
+    """What the model knows of an entry: its blocks by number, how many bytes each has, and what fills them.
 
-    def __init__(self, blocks: dict[int, int], fill: list[int], *, raw: bool) -> None:
+    Attributes:
+        forks: It is a container that never writes its array, so that `get` shares it.
+    """
+
+    def __init__(self, blocks: dict[int, int], fill: list[int], *, raw: bool, forks: bool = False) -> None:
         self.blocks = blocks
         self.fill = fill
         self.raw = raw
+        self.forks = forks
         self.pins = 0
         self.leases: list[tuple[Borrow, Any]] = []
 
@@ -50,22 +52,25 @@ def size(entries: Iterable[Entry]) -> int:
 class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.memory = HostMemory()
+        self.memory = Forking()
         self.numbers = count(1)
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # oldest first
         self.deferred: list[Entry] = []
         self.shared: list[tuple[int, Any]] = []  # arrays that the test holds, and moves into several entries
+        self.forks: list[tuple[Entry, Any]] = []  # what `get` gave of containers that share, and the test still has
+        self.orphans: dict[int, int] = {}  # blocks of entries that left while there were forks of them
         self.left: list[list[int | None]] = []
         self.expected: list[list[int | None]] = []
         self.raising = False
         self.evictions = 0
 
-    @initialize(on_evict=st.booleans())
-    def start(self, *, on_evict: bool) -> None:
+    @initialize(on_evict=st.booleans(), debug=st.booleans())
+    def start(self, *, on_evict: bool, debug: bool) -> None:
         self.on_evict = on_evict
         self.hold(64)
         self.hold(64)
-        self.cache = StateCache(LIMIT, adapter=self.memory, on_evict=self.evicted if on_evict else None)
+        callback = self.evicted if on_evict else None
+        self.cache = StateCache(LIMIT, adapter=self.memory, on_evict=callback, debug=debug)
 
     def evicted(self, value: Any) -> None:
         self.left.append(self.read(value))
@@ -101,7 +106,14 @@ class Model(RuleBasedStateMachine):
         freed = [entry for entry in leaving if not entry.leases]
         if self.on_evict:
             self.expected.extend([*entry.fill] for entry in freed)
+        else:
+            self.orphans |= self.forked(entry for entry in freed if entry.forks)
         return len(freed)
+
+    def forked(self, entries: Iterable[Entry]) -> dict[int, int]:
+        """The blocks of entries that the test has forks of."""
+        held = {number for entry, _ in self.forks for number in entry.blocks}
+        return {number: size for entry in entries for number, size in entry.blocks.items() if number in held}
 
     def call(self, do: Callable[[], Any], freed: int, *others: type[BaseException]) -> Any:
         """Do it, which frees as many entries, and raises `others`."""
@@ -117,7 +129,13 @@ class Model(RuleBasedStateMachine):
     def read(self, value: Any) -> list[int | None]:
         if isinstance(value, KVState):
             value = {name: leaf.array for name, leaf in value.leaves.items()}
-        return fills(value)
+        return fills({"x": value.array} if isinstance(value, Growing) else value)
+
+    def spoil(self, value: Any) -> None:
+        """Write what is one's own to write."""
+        for array in (value.unwrap() if isinstance(value, KVState) else value).values():
+            if not any(array is held for _, held in self.shared):
+                array.memory[:] = bytes(array.nbytes)
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -140,7 +158,13 @@ class Model(RuleBasedStateMachine):
         del held
         self.put_state(key, Entry(blocks, values, raw=False), state, move=move)
 
-    def put_state(self, key: str, entry: Entry, state: State, *, move: bool) -> None:
+    @rule(key=KEYS, nbytes=st.sampled_from([64, 128]), move=st.booleans(), raw=st.booleans())
+    def put_growing(self, key: str, nbytes: int, *, move: bool, raw: bool) -> None:
+        number = next(self.numbers)
+        entry = Entry({number: nbytes}, [number % 256], raw=raw, forks=True)
+        self.put_state(key, entry, Growing(self.memory.array(nbytes, number % 256)), move=move)
+
+    def put_state(self, key: str, entry: Entry, state: State | Growing, *, move: bool) -> None:
         value: Any = wrap(state, adapter=self.memory) if entry.raw else state
         leaving = self.room(key, entry)
         if leaving is None:
@@ -160,9 +184,9 @@ class Model(RuleBasedStateMachine):
             self.on_evict and any(map(self.shares, leaving))
         ):  # no copy but that of `state`
             self.evictions += len(leaving) - (key in self.entries)
-            self.memory.fails = Interrupt()
+            self.memory.fails = KeyboardInterrupt()
             try:
-                self.call(lambda: self.cache.put(key, state), self.leave(leaving), Interrupt)
+                self.call(lambda: self.cache.put(key, state), self.leave(leaving), KeyboardInterrupt)
             finally:
                 self.memory.fails = None
 
@@ -187,8 +211,36 @@ class Model(RuleBasedStateMachine):
             self.entries.move_to_end(key)
             assert self.read(value) == self.entries[key].fill
             assert isinstance(value, KVState) == self.entries[key].raw
-            for array in (value.unwrap() if isinstance(value, KVState) else value).values():
-                array.memory[:] = bytes(array.nbytes)  # it is ours
+            if self.entries[key].forks:
+                self.forks.append((self.entries[key], value))
+            else:
+                self.spoil(value)
+
+    @precondition(lambda self: any(entry.forks for entry in self.entries.values()))
+    @rule(data=st.data(), remove=st.booleans())
+    def fork(self, data: st.DataObject, *, remove: bool) -> None:
+        key = data.draw(st.sampled_from([key for key, entry in self.entries.items() if entry.forks]))
+        self.get(key)
+        if remove:
+            self.remove(key)
+
+    @rule(key=KEYS)
+    def get_interrupted(self, key: str) -> None:
+        if key in self.entries and not self.entries[key].forks:
+            self.entries.move_to_end(key)
+            self.memory.fails = KeyboardInterrupt()
+            try:
+                self.call(lambda: self.cache.get(key), 0, KeyboardInterrupt)
+            finally:
+                self.memory.fails = None
+
+    @precondition(lambda self: self.forks)
+    @rule(which=st.integers(0, 99))
+    def drop_a_fork(self, which: int) -> None:
+        entry, value = self.forks.pop(which % len(self.forks))
+        assert self.read(value) == entry.fill
+        del value
+        self.orphans = self.forked([Entry(self.orphans, [], raw=False)])
 
     @rule(key=KEYS, raw=st.booleans())
     def borrow(self, key: str, *, raw: bool) -> None:
@@ -200,8 +252,8 @@ class Model(RuleBasedStateMachine):
             self.entries[key].leases.append((lease, lent))
 
     @precondition(lambda self: any(entry.leases for entry in [*self.entries.values(), *self.deferred]))
-    @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["ends", "raises", "forgotten"]))
+    def give_back(self, data: st.DataObject, how: str) -> None:
         borrowed = [entry for entry in [*self.entries.values(), *self.deferred] if entry.leases]
         entry = data.draw(st.sampled_from(borrowed))
         lease, lent = entry.leases.pop(data.draw(st.integers(0, len(entry.leases) - 1)))
@@ -211,7 +263,14 @@ class Model(RuleBasedStateMachine):
         if entry in self.deferred and not entry.leases:
             self.deferred.remove(entry)
             freed = self.leave([entry])
-        self.call(lambda: lease.__exit__(None, None, None), freed)
+        if how == "forgotten":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                del lease
+            self.call(self.cache.current_size, freed)
+        else:
+            why = ZeroDivisionError() if how == "raises" else None
+            self.call(lambda: lease.__exit__(type(why) if why else None, why, None), freed)
 
     @rule(key=KEYS)
     def pop(self, key: str) -> None:
@@ -225,9 +284,8 @@ class Model(RuleBasedStateMachine):
             del self.entries[key]
             value = found(self.cache.pop(key))
             assert self.read(value) == entry.fill
-            for array in (value.unwrap() if isinstance(value, KVState) else value).values():
-                if not any(array is held for _, held in self.shared):
-                    array.memory[:] = bytes(array.nbytes)  # it is ours
+            if not entry.forks:
+                self.spoil(value)
 
     # --- away --------------------------------------------------------------------------------------------------------
 
@@ -269,6 +327,7 @@ class Model(RuleBasedStateMachine):
         assert stats.borrowed_bytes == size(entry for entry in held if entry.leases)
         assert stats.entries == self.cache.current_size() == len(listed)
         assert stats.evictions == self.evictions
+        assert stats.shared_bytes == sum(self.orphans.values())
 
     @invariant()
     def the_right_ones_are_there(self) -> None:
@@ -278,7 +337,8 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def what_nobody_holds_is_free(self) -> None:
         held = size([*self.entries.values(), *self.deferred])
-        mine = Entry({number: array.nbytes for number, array in self.shared}, [], raw=False)
+        blocks = {number: array.nbytes for number, array in self.shared}
+        mine = Entry(blocks | self.forked(entry for entry, _ in self.forks), [], raw=False)
         both = size([*self.entries.values(), *self.deferred, mine])
         check(self.cache, self.memory, elsewhere=both - held)
 
@@ -288,9 +348,10 @@ class Model(RuleBasedStateMachine):
             while entry.leases:
                 entry.leases.pop()[0].__exit__(None, None, None)
         self.shared.clear()
+        self.forks.clear()
         self.cache.clear()
         assert self.cache.current_bytes == self.memory.live_bytes() == 0
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
