@@ -59,10 +59,14 @@ def install(session: nox.Session, *requirements: str, extras: Iterable[str] = ()
 
 
 def test(session: nox.Session, room: str, *adapters: str) -> None:
-    """Run the tests of a room and the doctests of its modules; an adapter that does not import is a failure."""
+    """Run the tests of a room, the facts that it rests on, and the doctests of its modules.
+
+    An adapter that does not import is a failure.
+    """
     modules = [f"agnostic_cache_adapters.{adapter}" for adapter in adapters] or ["agnostic_cache"]
     session.run("python", "-P", "-c", f"import {', '.join(modules)}")
-    session.run("pytest", f"tests/{room}", "--doctest-modules", "--pyargs", *modules, *session.posargs)
+    facts = map(str, Path("tests/facts").glob(f"test_{room}_facts.py"))
+    session.run("pytest", f"tests/{room}", *facts, "--doctest-modules", "--pyargs", *modules, *session.posargs)
 
 
 @nox.session(tags=["checks"])

@@ -125,7 +125,8 @@ class Nnx(Attending):
         model = Model(nnx.Rngs(0))
         for layer in (model.first, model.second):
             layer.init_cache((1, ROOM, FEATURES))
-        self.graph, self.cache, self.rest = nnx.split(model, nnx.Cache, ...)
+        parts: Any = nnx.split(model, nnx.Cache, ...)
+        self.graph, self.cache, self.rest = parts
 
     def empty(self) -> Any:
         return self.cache
@@ -160,7 +161,7 @@ class TestNnx(FlaxLaw):
         loop = Nnx()
         cache = loop.extend(loop.fresh(), [1, 2, 3], 0)[1]
         module: Any = nnx.merge(loop.graph, cache, loop.rest)
-        live = nnx.state(module, nnx.Cache)
+        live: Any = nnx.state(module, nnx.Cache)
         kept = wrap(live)
         before = {name: np.asarray(leaf.array).copy() for name, leaf in kept.leaves.items()}
         module(loop.embedding[4][None, None])
