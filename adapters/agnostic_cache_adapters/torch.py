@@ -72,7 +72,7 @@ class TorchAdapter(Adapter):
         dtype = _DTYPES.get(array.dtype)
         if array.requires_grad or dtype is None or array.layout is not torch.strided or array.is_meta:
             raise _refusal(array)
-        if type(array) not in _PLAIN and is_traceable_wrapper_subclass(array):
+        if _wraps(array):
             raise _refusal(array)
         # The imaginary part of a conjugated tensor is real, and negated: its bytes have the wrong sign.
         if array.is_neg() or (dtype in _COMPLEX and array.is_conj()):
@@ -81,7 +81,7 @@ class TorchAdapter(Adapter):
 
     def storages(self, array: torch.Tensor) -> Sequence[Storage]:
         """Return the one storage behind the tensor, at its full size."""
-        if array.layout is not torch.strided or (type(array) not in _PLAIN and is_traceable_wrapper_subclass(array)):
+        if array.layout is not torch.strided or _wraps(array):
             raise _refusal(array)
         storage = array.untyped_storage()
         nbytes = storage.nbytes()
@@ -128,7 +128,7 @@ class TorchAdapter(Adapter):
         cuda = False
         array = storage = None
         for array in arrays:
-            if array.layout is not torch.strided or is_traceable_wrapper_subclass(array):
+            if array.layout is not torch.strided or _wraps(array):
                 continue  # `on_evict` drops what no cache would have kept
             storage = array.untyped_storage()
             held[storage.data_ptr()] = (_alive(storage), storage.nbytes())
@@ -258,6 +258,11 @@ class TorchAdapter(Adapter):
         return {name: ArraySpec(tuple(t.shape), _DTYPES[t.dtype], "meta") for name, t in flat.arrays.items()}
 
 
+def _wraps(array: Any) -> bool:
+    """Whether a tensor has no memory of its own, but stands for others."""
+    return type(array) not in _PLAIN and is_traceable_wrapper_subclass(array)
+
+
 class _Bytes(ctypes.c_ubyte):
     """A byte whose array type is ours, so that an array of them may carry the owner of its memory."""
 
@@ -268,7 +273,7 @@ def _refusal(array: torch.Tensor) -> UnsupportedArrayError | UnsupportedDtypeErr
         why = "requires grad; call .detach() on it, or compute it under torch.no_grad()"
     elif array.layout is not torch.strided:
         why = f"has layout {array.layout}; call .to_dense() on it"
-    elif is_traceable_wrapper_subclass(array):
+    elif _wraps(array):
         why = f"wraps other tensors in a {type(array).__qualname__}; store those, or the tensor that they stand for"
     elif array.is_meta:
         why = "lies on the meta device and has no data"

@@ -58,7 +58,7 @@ def join_leaves(parts: Sequence[Leaves], lengths: Sequence[int], adapter: Adapte
     for name, leaf in last.items():
         role = leaf.role
         if isinstance(role, TOKENS):
-            pieces = [_counted(part[name], adapter, n) for part, n in zip(parts, lengths, strict=True)]
+            pieces = [counted(part[name], adapter, n) for part, n in zip(parts, lengths, strict=True)]
             joins.append((pieces, role.axis))
             rows[name] = leaf
         elif isinstance(role, WINDOW):
@@ -92,7 +92,7 @@ def _finish(leaves: Leaves, done: Leaves, adapter: Adapter, length: int, lost: f
     return result
 
 
-def _counted(leaf: Leaf, adapter: Adapter, length: int) -> Array:
+def counted(leaf: Leaf, adapter: Adapter, length: int) -> Array:
     """The rows of a TOKENS leaf that count: buffers may be longer than the state."""
     assert isinstance(leaf.role, TOKENS)  # noqa: S101 - for the type checker; the caller asked
     wanted = length // leaf.role.stride
@@ -125,7 +125,29 @@ def _window(leaves: Sequence[Leaf], lengths: Sequence[int], adapter: Adapter, ro
 
 
 def check_joinable(parts: Sequence["KVState"]) -> None:
-    """Raise where `parts` are not pieces of one model's cache; see `KVState.join`."""
+    """Raise where `parts` are not adjacent pieces of one model's cache; see `KVState.join`."""
+    check_alike(parts)
+    strides = {leaf.role.stride for part in parts for leaf in part.leaves.values() if isinstance(leaf.role, TOKENS)}
+    for part in parts[:-1]:
+        if any(part.length % stride for stride in strides):
+            msg = (
+                f"join after a part of {part.length} tokens, whose last row is not whole: rows stand for "
+                f"{sorted(strides)} tokens; cut it at a multiple"
+            )
+            raise StructureMismatchError(msg)
+
+
+def check_alike(parts: Sequence["KVState"], *, batches: bool = False) -> None:
+    """Raise where `parts` are not states of one model's cache.
+
+    Args:
+        parts: At least one.
+        batches: They may be of different batch sizes, and must hold all their leaves.
+
+    Raises:
+        StructureMismatchError: They are not.
+        MixedFrameworksError: They are of different frameworks.
+    """
     if not parts:
         msg = "join of no parts; pass at least one KVState"
         raise StructureMismatchError(msg)
@@ -138,37 +160,33 @@ def check_joinable(parts: Sequence["KVState"]) -> None:
     if len(rotary) > 1:
         msg = f"join of states whose keys are rotated differently: {sorted(map(str, rotary))}; recompute some of them"
         raise StructureMismatchError(msg)
-    strides = {leaf.role.stride for leaf in first.leaves.values() if isinstance(leaf.role, TOKENS)}
-    for part in parts[:-1]:
-        if any(part.length % stride for stride in strides):
-            msg = (
-                f"join after a part of {part.length} tokens, whose last row is not whole: rows stand for "
-                f"{sorted(strides)} tokens; cut it at a multiple"
-            )
-            raise StructureMismatchError(msg)
-    kinds = _kinds(first)
+    kinds = _kinds(first, batches=batches)
     for part in parts[1:]:
         if not part.same_structure(first):
             msg = "join of states whose containers differ; join pieces of one model's cache"
             raise StructureMismatchError(msg)
-        other = _kinds(part)
+        other = _kinds(part, batches=batches)
         for name in kinds.keys() & other.keys():
             if kinds[name] != other[name]:
                 msg = f"join of states that differ in leaf {name!r}: {kinds[name]} and {other[name]}"
                 raise StructureMismatchError(msg)
-        unmatched = {name for name in kinds.keys() ^ other.keys() if name not in first.missing | part.missing}
+        unmatched = {
+            name for name in kinds.keys() ^ other.keys() if batches or name not in first.missing | part.missing
+        }
         if unmatched:
             msg = f"join of states with different leaves: {sorted(unmatched)[:4]}"
             raise StructureMismatchError(msg)
 
 
-def _kinds(state: "KVState") -> dict[str, Any]:
-    """What must agree between parts: everything but values and the extent of the token axis."""
+def _kinds(state: "KVState", *, batches: bool) -> dict[str, Any]:
+    """What must agree between parts: everything but values and the extent of the token axis, or of the batch."""
     kinds = {}
     for name, leaf in state.leaves.items():
         spec = state.adapter.describe(leaf.array)
         shape = list(spec.shape)
         if isinstance(leaf.role, TOKENS | WINDOW):
             shape[leaf.role.axis] = -1
+        if batches and "batch" in leaf.axes:
+            shape[leaf.axes.index("batch")] = -1
         kinds[name] = (str(spec.dtype), tuple(shape), leaf.role, leaf.axes)
     return kinds

@@ -17,6 +17,7 @@ from typing import Any
 
 from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, ReleasedError
 from agnostic_cache.state.adapter import Adapter, Array, Storage, SupportsDLPack
+from agnostic_cache.state.batch import check_row_lengths, split_leaves, stack_leaves
 from agnostic_cache.state.cutting import check_joinable, cut_leaves, join_leaves
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.leaf import Leaf
@@ -203,6 +204,57 @@ class KVState:
         last, length = parts[-1], sum(part.length for part in parts)
         leaves = join_leaves([part._alive() for part in parts], [part.length for part in parts], last._adapter)
         return last._with(leaves, Ownership.OWNED, length=length)
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def split_batch(self, lengths: Sequence[int] | None = None) -> list["KVState"]:
+        """Return one independent state per row of the batch, each of a batch of one.
+
+        Args:
+            lengths: True tokens of each row, counted from the end: what a left-padded batch has in front of them is
+                left behind (``attention_mask.sum(1).tolist()``). By default every row is whole. A snapshot is taken as
+                it is, which is right where the model keeps padding out of it, as those of transformers do.
+
+        Raises:
+            StructureMismatchError: A leaf has no axis ``batch``, or rows that stand for several tokens and begin with
+                padding.
+            LengthMismatchError: `lengths` are not one per row within ``[0, length]``.
+        """
+        rows = [self._with(leaves, Ownership.OWNED) for leaves in split_leaves(self._alive(), self._adapter)]
+        if lengths is None:
+            return rows
+        check_row_lengths(self._leaves, len(rows), self.length, lengths)
+        return [
+            row if count == self.length else row.cut(self.length - count, self.length)
+            for row, count in zip(rows, lengths, strict=True)
+        ]
+
+    @classmethod
+    def stack(cls, states: Sequence["KVState"], *, length: int | None = None) -> "KVState":
+        """Return an independent state that holds the batches of all `states`, in order.
+
+        Args:
+            states: States of one model, equally long unless `length` is given.
+            length: Tokens of the result. States that are shorter get rows of zeros in front, as in a batch that is
+                padded on the left; the attention mask that the model is called with must hide them.
+
+        Raises:
+            LengthMismatchError: They are not equally long, or longer than `length`.
+            StructureMismatchError: No states, or they differ in structure, leaves, shapes or dtypes, or a leaf has no
+                axis ``batch``, or rows that stand for several tokens and would begin with padding.
+            MixedFrameworksError: They are of different frameworks.
+            MissingLeavesError: The rows of a window are not there.
+        """
+        lengths = sorted({state.length for state in states})
+        wanted = length if length is not None or not lengths else lengths[-1]
+        if length is None and len(lengths) > 1:
+            msg = f"stack of states of {lengths} tokens; cut them to {lengths[0]}, or pass length={lengths[-1]} to pad"
+            raise LengthMismatchError(msg)
+        if lengths and wanted is not None and lengths[-1] > wanted:
+            msg = f"stack of states of {lengths} tokens into length={wanted}; pass at least {lengths[-1]}"
+            raise LengthMismatchError(msg)
+        leaves = stack_leaves(states, wanted or 0)
+        return states[0]._with(leaves, Ownership.OWNED, length=wanted)
 
     # --- crossing ----------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,20 @@
 
 import pytest
 
-_SUITES = ("array_suite", "container_suite", "ownership_suite", "rows_suite", "storage_suite", "template_suite")
+_SUITES = (
+    "array_suite",
+    "batch_suite",
+    "container_suite",
+    "ownership_suite",
+    "rows_suite",
+    "storage_suite",
+    "template_suite",
+)
 pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in _SUITES))  # before they are imported
 
 from agnostic_cache.testing.adapter_suite import AdapterSuite  # noqa: E402
 from agnostic_cache.testing.array_suite import ArraySuite  # noqa: E402
+from agnostic_cache.testing.batch_suite import BatchSuite  # noqa: E402
 from agnostic_cache.testing.container_suite import ContainerSuite  # noqa: E402
 from agnostic_cache.testing.grid import Grid, pattern  # noqa: E402
 from agnostic_cache.testing.ownership_suite import OwnershipSuite  # noqa: E402
@@ -18,6 +27,7 @@ from agnostic_cache.testing.template_suite import TemplateSuite  # noqa: E402
 __all__ = [
     "AdapterSuite",
     "ArraySuite",
+    "BatchSuite",
     "ContainerSuite",
     "Grid",
     "OwnershipSuite",

@@ -40,6 +40,7 @@ TUNIX = KVLayout(
         "layer_{i}.v": "layers.{i}.value",
         "layer_{i}.end_index": "layers.{i}.length",
     },
+    axes={"layer_{i}.end_index": ("batch",)},
     rotary="half",
 )
 """google-tunix: ``{"layer_<i>": {"k", "v": (batch, tokens, heads, dim), "end_index": (batch,)}}``."""

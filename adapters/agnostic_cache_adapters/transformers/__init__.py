@@ -176,7 +176,7 @@ def _no_name(name: str) -> StructureMismatchError:
 
 @functools.cache
 def _batch_first(ndim: int) -> tuple[str, ...]:
-    return ("batch", *axis_names(ndim)[1:])
+    return ("batch", *axis_names(ndim)[1:])[:ndim]  # a counter has no axis at all
 
 
 adapter = TransformersAdapter()
