@@ -277,7 +277,12 @@ def _spans(
             start = first
         reach = max(first, stop)
         low = max(first, begin)
-        spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)) if low < stop else None)
+        if low < stop:
+            spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)))
+        elif piece is pieces[-1] and not any(spans):  # a state of no tokens still uses its buffers up
+            spans.append((slice(0, 0), slice(0, 0)))
+        else:
+            spans.append(None)
     if not fits or max(start, begin) > needed or reach < end:
         msg = (
             f"leaf {name!r} is {leaf.role} with rows [{start}, {reach}) in the state, and {role} with room for "
@@ -298,7 +303,7 @@ def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int)
     views: list[Array] = []
     axis: int | None = None
     for piece, span in zip(pieces, _spans(slot.path, pieces, slot, rows, None, length), strict=True):
-        if span is None and (views or piece is not pieces[-1]):
+        if span is None:
             continue
         leaf, layer = piece.leaf, piece.source_layer
         held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
@@ -313,7 +318,7 @@ def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int)
         index: list[int | slice] = [slice(None)] * len(leaf.axes)
         if isinstance(leaf.role, TOKENS | WINDOW):
             axis = axes.index(leaf.axes[leaf.role.axis])
-            index[leaf.role.axis] = span[0] if span is not None else slice(0, 0)
+            index[leaf.role.axis] = span[0]
         if layer is not None:
             index[leaf.axes.index("layers")] = layer
         views.append(adapter.view(leaf.array, tuple(index), tuple(held.index(axis) for axis in axes)))

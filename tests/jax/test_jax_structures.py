@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from prefix_law import PrefixLaw
 from reuse_law import ROOM, ReuseLaw
 from tiny_jax import LAYERS, Rows, TinyLoop, buffers
 
@@ -165,13 +166,17 @@ class Sharded(Dicts):
         return closed
 
 
-class JaxLaw(ReuseLaw, ABC):
+class WholeLaw(ReuseLaw, ABC):
     make: ClassVar[Callable[[], TinyLoop]]
 
     @pytest.fixture(scope="class")
     @classmethod
     def loop(cls) -> TinyLoop:
         return cls.make()
+
+
+class JaxLaw(WholeLaw, PrefixLaw, ABC):
+    """Of structures whose layout is known."""
 
 
 class TestDicts(JaxLaw):
@@ -213,7 +218,7 @@ class TestRing(JaxLaw):
             wrap(cache)
 
 
-class TestPositions(JaxLaw):
+class TestPositions(WholeLaw):
     make = Positions
 
 

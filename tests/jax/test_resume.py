@@ -1,0 +1,155 @@
+"""The verbs of a JAX loop: what they compile, what they own, what they refuse."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax_subject import live_bytes
+
+from agnostic_cache import KVLayout, PrefixCache, model_fingerprint
+from agnostic_cache.errors import InvalidTokensError, LayoutUnknownError, LengthMismatchError, StructureMismatchError
+from agnostic_cache_adapters.jax import resume, store
+
+ROWS, LAYERS = 80, 3
+
+
+def init_kv(rows: int = ROWS) -> list[dict[str, jax.Array]]:
+    return [{"key": jnp.zeros((1, rows, 2, 4)), "value": jnp.zeros((1, rows, 2, 4))} for _ in range(LAYERS)]
+
+
+def computed(tokens: list[int], rows: int = ROWS) -> list[dict[str, jax.Array]]:
+    """Buffers whose row i tells the token i; what is behind the prompt is garbage."""
+    values = np.full((1, rows, 2, 4), -1, np.float32)
+    values[0, : len(tokens)] = np.asarray(tokens, np.float32)[:, None, None]
+    return [{"key": jnp.asarray(values + i), "value": jnp.asarray(values - i)} for i in range(LAYERS)]
+
+
+LAYOUT = KVLayout.infer(init_kv)
+
+
+def make(**settings: Any) -> PrefixCache:
+    return PrefixCache("64MiB", namespace="m", block_size=16, layout=LAYOUT, **settings)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    events: list[str] = []
+
+    def listen(event: str, _seconds: float, **_: Any) -> None:
+        if "compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_fifty_lengths_compile_nothing() -> None:
+    tokens = list(range(ROWS))
+    buffers = [init_kv() for _ in range(60)]
+    states = {length: computed(tokens[:length]) for length in range(20, 71)}
+    cache = make()
+    for length in (30, 45):
+        store(cache, tokens[:length], states[length])
+        resume(cache, tokens[:length], buffers.pop())
+    with compilations() as events:
+        jnp.ones(3)[:2].sum()
+        assert events  # the listener hears
+        events.clear()
+        for length in range(21, 71):
+            cache.clear()
+            store(cache, [*tokens[: length - 1], 99], states[length])
+            kv, start = resume(cache, [*tokens[:length], 7], buffers.pop())
+            assert start == length - 1
+            assert not events
+            rows = np.asarray(kv[2]["key"])[0, :start, 0, 0]
+            assert rows.tolist() == [token + 2 for token in tokens[:start]]
+            assert not np.asarray(kv[2]["key"])[0, start:].any()
+
+
+def test_buffers_are_used_up_and_the_entry_is_not() -> None:
+    cache = make()
+    tokens = list(range(40))
+    kept = computed(tokens)
+    store(cache, tokens, kept)
+    for array in jax.tree.leaves(kept):
+        array.delete()
+    for _ in range(3):
+        given = init_kv()
+        kv, start = resume(cache, tokens, given)
+        assert start == 39
+        assert all(array.is_deleted() for array in jax.tree.leaves(given))
+        donated = jax.jit(lambda kv: jax.tree.map(lambda array: array * 0, kv), donate_argnums=0)(kv)
+        assert not np.asarray(donated[0]["key"]).any()
+
+
+def test_what_is_stored_once_is_stored_once_and_freed() -> None:
+    cache = make()
+    tokens = list(range(40))
+    kept = computed(tokens)
+    gc.collect()
+    before = live_bytes()
+    assert store(cache, tokens, kept) == 3
+    assert store(cache, tokens, kept) == 0
+    assert live_bytes() - before == cache.stats().current_bytes == LAYERS * 2 * 40 * 32
+    cache.clear()
+    assert live_bytes() == before
+
+
+def test_length_and_numpy_tokens() -> None:
+    cache = make()
+    tokens = np.arange(40, dtype=np.int64)
+    store(cache, tokens, computed(tokens.tolist()), length=20)
+    for asked in (tokens, jnp.asarray(tokens, jnp.int32), tokens.astype(np.uint16), tokens.tolist()):
+        _, start = resume(cache, asked, init_kv())
+        assert start == 20
+        assert type(start) is int
+
+
+def test_a_layout_that_nobody_knows_is_asked_for() -> None:
+    cache = PrefixCache("1MiB", namespace="m")
+    for call in (
+        lambda: resume(cache, [1, 2], init_kv()),
+        lambda: store(cache, [1, 2], init_kv()),
+    ):
+        with pytest.raises(LayoutUnknownError):
+            call()
+    assert cache.stats().entries == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    cache = make()
+    tokens = list(range(40))
+    with pytest.raises(LengthMismatchError):
+        store(cache, tokens, computed(tokens[:20], rows=39))
+    with pytest.raises(InvalidTokensError):
+        resume(cache, [1.5], init_kv())
+    store(cache, tokens, computed(tokens))
+    other = [{"key": jnp.zeros((1, ROWS, 2, 5)), "value": jnp.zeros((1, ROWS, 2, 5))} for _ in range(LAYERS)]
+    with pytest.raises(StructureMismatchError):
+        resume(cache, tokens, other)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(other))
+
+
+def test_a_fingerprint_names_the_weights() -> None:
+    def params(value: float = 1.0, dtype: Any = jnp.float32) -> dict[str, Any]:
+        return {"a": jnp.full((64, 64), value, dtype), "b": [jnp.arange(5)]}
+
+    name = model_fingerprint(params())
+    assert name == model_fingerprint(params())
+    others = [
+        params(2.0),
+        params(dtype=jnp.bfloat16),
+        {**params(), "b": [jnp.arange(6)]},
+        {"c": params()["a"], "b": params()["b"]},
+        {**params(), "a": params()["a"].at[63, 0].set(3.0)},
+    ]
+    assert len({name, *map(model_fingerprint, others)}) == len(others) + 1
