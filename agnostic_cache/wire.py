@@ -325,6 +325,20 @@ class ServerMetaMessage:
         return _RESPONSE.size
 
 
+def removal(key: CacheEngineKey) -> ClientMetaMessage:
+    """Return a request that makes our server forget a key: the wire itself has none.
+
+    It is a ``PUT`` of nothing, of no format and no dtype. To LMCache's server that is an empty entry.
+    """
+    return ClientMetaMessage(ClientCommand.PUT, key, 0, MemoryFormat.UNDEFINED, None, (0,))
+
+
+def is_removal(message: ClientMetaMessage) -> bool:
+    """Say whether a request is what `removal` makes."""
+    what = (message.command, message.length, message.fmt, message.dtype, any(message.shape))
+    return what == (ClientCommand.PUT, 0, MemoryFormat.UNDEFINED, None, False)
+
+
 def _dtype(given: Any) -> Dtype:
     """The dtype of that name; ``torch.float16`` calls itself that."""
     if isinstance(given, Dtype):

@@ -181,6 +181,41 @@ class SupportsAsync(Protocol):
         ...
 
 
+class Reservation(Protocol):
+    """Memory for one blob that is yet to come. To be published or dropped, once; used by one thread at a time.
+
+    Attributes:
+        buffer: Where the blob is to be written, flat and writable, of the size that was asked for. Not to be written
+            after `publish`.
+    """
+
+    buffer: memoryview
+
+    def publish(self, key: str) -> PutStatus:
+        """Keep what was written under `key`, in place of what is there, as `StorageBackend.put` does."""
+        ...
+
+    def drop(self) -> None:
+        """Let go of the memory; nothing was put. Nothing happens after `publish`, or a second time."""
+        ...
+
+
+@runtime_checkable
+class SupportsReserve(Protocol):
+    """Receiving a blob where it will stay. Who has it keeps blobs in memory: no method waits for a device."""
+
+    def reserve(self, nbytes: int) -> Reservation | None:
+        """Return memory for a blob, or None where it does not fit the budget.
+
+        What is reserved counts against the budget, but for a little that may exceed it. So a blob that never comes
+        costs nobody his entry, unless it was large.
+
+        Raises:
+            StorageError: There is no memory.
+        """
+        ...
+
+
 def get_many(backend: StorageBackend, keys: Sequence[str]) -> list[memoryview | None]:
     """Get several keys: at once where the backend can, else one after the other."""
     if isinstance(backend, SupportsBatch):

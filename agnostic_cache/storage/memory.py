@@ -4,7 +4,8 @@ import mmap
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Self
+from collections.abc import Iterable
+from typing import Final, Self
 
 from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
@@ -22,6 +23,10 @@ from agnostic_cache.storage.backend import (
 from agnostic_cache.storage.blocks import BlockPool, is_read
 from agnostic_cache.storage.url import StorageURL
 
+RESERVED_BEYOND: Final = 16 * 1024 * 1024
+"""Bytes of reservations that may exceed the budget, so that nobody leaves for what may never come."""
+
+_IDLE_AFTER_RECEIVING = 64 * 1024 * 1024  # within the budget, for the next one: who sends a blob sends more
 _IDLE_SHARE = 32  # at most this fraction of what is listed lies idle in the pool, so that what is freed is freed
 
 
@@ -53,6 +58,45 @@ class _Room:
     def let_go(self, key: str) -> bool:
         self._over -= len(self._entries[key].block)
         return True
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class MemoryReservation:
+    """A block that is being written; see `agnostic_cache.storage.backend.Reservation`."""
+
+    def __init__(self, storage: "MemoryStorage", block: mmap.mmap, nbytes: int) -> None:
+        """Stand for a block that `storage` has counted."""
+        self.buffer = memoryview(block)[:nbytes]
+        self._storage = storage
+        self._block: mmap.mmap | None = block
+
+    def publish(self, key: str) -> PutStatus:
+        """See `Reservation.publish`.
+
+        Raises:
+            InvalidKeyError: `key` is no str.
+            StorageError: The storage is closed, or this was published or dropped already.
+        """
+        check_key(key)
+        nbytes, block = self._end()
+        if block is None:
+            msg = "a reservation was published or dropped already; reserve again"
+            raise StorageError(msg)
+        return self._storage._publish(key, block, nbytes)
+
+    def drop(self) -> None:
+        """See `Reservation.drop`."""
+        _, block = self._end()
+        if block is not None:
+            self._storage._take_back(block)
+
+    def _end(self) -> tuple[int, mmap.mmap | None]:
+        nbytes, block = self.buffer.nbytes, self._block
+        self.buffer, self._block = memoryview(b""), None
+        return nbytes, block
 
 
 class MemoryStorage(StorageBackend):
@@ -87,6 +131,7 @@ class MemoryStorage(StorageBackend):
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._arriving: dict[str, int] = {}  # keys that a thread copies to, and the bytes promised to it
         self._deferred: list[tuple[weakref.ref[mmap.mmap], int]] = []  # left while somebody read them; his to free
+        self._reserved = 0  # bytes of the blocks that are being written by those who reserved them
         self._listed = 0  # holds: the sum of the blocks of _entries
         self._closed = False
         self._hits = self._misses = self._puts = self._refused = self._evictions = 0
@@ -103,7 +148,7 @@ class MemoryStorage(StorageBackend):
         """See `StorageBackend.put`. A put of a key that another thread is putting leaves it to that thread."""
         check_key(key)
         nbytes, pieces = pieces_of(blob)
-        size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = _whole_pages(nbytes)
         with self._lock:
             self._check_open()
             if key in self._arriving:
@@ -114,12 +159,8 @@ class MemoryStorage(StorageBackend):
                 return PutStatus.ILLEGAL
             self._arriving[key] = size
         try:
-            for block in leaving:  # the newcomer may find its memory among them
-                self._pool.give(block, self.max_bytes)
+            block = self._replace(leaving, size)
             del leaving
-            block = self._pool.take(size)
-            if len(block) != size:
-                block.resize(size)
             with memoryview(block) as whole:
                 copy_into(whole, pieces)
         except BaseException:
@@ -127,11 +168,10 @@ class MemoryStorage(StorageBackend):
                 self._arriving.pop(key, None)
                 self._evictor.rollback(self._entries, key=key)
             raise
-        finally:
-            self._pool.trim(self._listed // _IDLE_SHARE)
         with self._lock:
             self._arriving.pop(key, None)
             if not self._closed:
+                self._unlist(key)  # what came by a reservation meanwhile
                 self._entries[key] = _Entry(block, nbytes)
                 self._listed += size
                 self._puts += 1
@@ -141,8 +181,7 @@ class MemoryStorage(StorageBackend):
         """Unlist who must leave, the entry to be overwritten included, or return None. The lock is held."""
         old = self._entries.get(key)
         freed = len(old.block) if old is not None and not old.is_pinned else 0
-        taken = self._listed + sum(self._arriving.values()) + self._deferred_bytes()
-        room = _Room(self._entries, taken - freed + size - self.max_bytes)
+        room = _Room(self._entries, self._taken() - freed + size - self.max_bytes)
         if size > self.max_bytes:
             return None
         victims, status = self._evictor.update_on_put(self._entries, size, key=key, room=room)
@@ -161,6 +200,77 @@ class MemoryStorage(StorageBackend):
             self._deferred.append((weakref.ref(entry.block), len(entry.block)))
             return None
         return entry.block
+
+    def _taken(self) -> int:
+        """Count what is charged to the budget. The lock is held."""
+        beyond = max(0, self._reserved - RESERVED_BEYOND)
+        return self._listed + sum(self._arriving.values()) + self._deferred_bytes() + beyond
+
+    # --- a blob that is yet to come -----------------------------------------------------------------------------------
+
+    def reserve(self, nbytes: int) -> MemoryReservation | None:
+        """See `SupportsReserve.reserve`."""
+        size = _whole_pages(nbytes)
+        with self._lock:
+            self._check_open()
+            self._reserved += size
+            over = self._taken() - self.max_bytes
+            fits = size <= self.max_bytes and over <= self._listed
+            leaving: list[mmap.mmap | None] = []
+            if fits and over > 0:
+                victims = self._evictor.evict(self._entries, room=_Room(self._entries, over))
+                leaving = [self._unlist(name) for name in victims]
+                self._evictions += len(victims)
+                fits = self._taken() <= self.max_bytes  # it does not where too much is being read
+            if not fits:
+                self._reserved -= size
+                self._refused += 1
+                return None
+        try:
+            block = self._replace(leaving, size)
+        except BaseException:
+            with self._lock:
+                self._reserved -= size
+            raise
+        return MemoryReservation(self, block, nbytes)
+
+    def _publish(self, key: str, block: mmap.mmap, nbytes: int) -> PutStatus:
+        """List a block that was reserved."""
+        size = len(block)
+        with self._lock:
+            self._reserved -= size
+            self._check_open()
+            leaving = self._make_room(key, size)
+            if leaving is None:
+                self._refused += 1
+            else:
+                self._entries[key] = _Entry(block, nbytes)
+                self._listed += size
+                self._puts += 1
+            spare = min(self.max_bytes - self._taken(), _IDLE_AFTER_RECEIVING)
+        for left in leaving or ():
+            self._pool.give(left, self.max_bytes)
+        self._pool.trim(max(spare, self._listed // _IDLE_SHARE))
+        return PutStatus.ILLEGAL if leaving is None else PutStatus.LEGAL
+
+    def _take_back(self, block: mmap.mmap) -> None:
+        """Let go of a block that was reserved."""
+        with self._lock:
+            self._reserved -= len(block)
+        self._pool.give(block, self._listed // _IDLE_SHARE)
+
+    def _replace(self, leaving: Iterable[mmap.mmap | None], size: int) -> mmap.mmap:
+        """Return a block of `size`, made of those that leave, if any will do."""
+        try:
+            for block in leaving:
+                if block is not None:
+                    self._pool.give(block, self.max_bytes)
+            block = self._pool.take(size)
+            if len(block) != size:
+                block.resize(size)
+            return block
+        finally:
+            self._pool.trim(self._listed // _IDLE_SHARE)
 
     def _deferred_bytes(self) -> int:
         """Count what left and is still read. The lock is held."""

@@ -1,5 +1,6 @@
 """Blobs in host memory: within the budget, gone from the process when they leave."""
 
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agnostic_cache import open_storage
-from agnostic_cache.errors import UnknownPolicyError
+from agnostic_cache.errors import InvalidKeyError, StorageError, UnknownPolicyError
 from agnostic_cache.eviction import FIFOEvictor, PutStatus
 from agnostic_cache.state.safetensors import Part, Parts
 from agnostic_cache.storage.memory import MemoryStorage
@@ -134,3 +135,104 @@ def test_two_puts_of_one_key_copy_once() -> None:
 def test_a_policy_that_nobody_knows_is_refused() -> None:
     with pytest.raises(UnknownPolicyError):
         open_storage("memory://?evictor=nobody")
+
+
+class TestReserving:
+    """A blob that is received where it will stay."""
+
+    def test_it_is_there_once_it_is_published(self) -> None:
+        storage = MemoryStorage("1MiB")
+        storage.put("a", b"old")
+        room = storage.reserve(5)
+        assert room is not None
+        room.buffer[:] = b"fresh"
+        assert read(storage, "a") == b"old"
+        assert room.publish("a") is PutStatus.LEGAL
+        assert read(storage, "a") == b"fresh"
+        assert storage.stats().current_bytes == mmap.PAGESIZE
+
+    def test_once_only(self) -> None:
+        storage = MemoryStorage("1MiB")
+        room, other = storage.reserve(5), storage.reserve(5)
+        assert room is not None
+        assert other is not None
+        with pytest.raises(InvalidKeyError):
+            room.publish(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        room.publish("a")
+        room.drop()
+        assert read(storage, "a") == bytes(5)
+        other.drop()
+        for ended in (room, other):
+            with pytest.raises(StorageError):
+                ended.publish("b")
+        storage.close()
+        with pytest.raises(StorageError):
+            storage.reserve(1)
+
+    def test_what_never_comes_costs_nobody_his_entry(self) -> None:
+        storage = MemoryStorage(4 * MIB)
+        for key in "abcd":
+            storage.put(key, bytes(MIB))
+        for _ in range(3):
+            room = storage.reserve(4 * MIB)
+            assert room is not None
+            room.drop()
+        assert storage.list_keys() == ["a", "b", "c", "d"]
+
+    def test_what_comes_lets_the_oldest_go(self) -> None:
+        storage = MemoryStorage(4 * MIB)
+        for key in "abcd":
+            storage.put(key, bytes(MIB))
+        rooms = [storage.reserve(MIB) for _ in range(2)]
+        assert [room and room.publish(key) for room, key in zip(rooms, "ef", strict=True)] == [PutStatus.LEGAL] * 2
+        assert storage.list_keys() == ["c", "d", "e", "f"]
+        assert storage.stats().evictions == 2
+
+    def test_the_budget_holds_but_for_a_little(self) -> None:
+        storage = MemoryStorage(40 * MIB)
+        for i in range(40):
+            storage.put(str(i), bytes(MIB))
+        held = [storage.reserve(8 * MIB) for _ in range(9)]
+        taken = [room for room in held if room is not None]
+        assert len(taken) == 7  # 56 MiB: the budget, and 16 more
+        assert storage.stats().current_bytes == 0
+        for i, room in enumerate(taken):
+            room.publish(str(i))
+            assert storage.stats().current_bytes <= 40 * MIB
+        assert storage.list_keys() == ["2", "3", "4", "5", "6"]
+        assert storage.reserve(41 * MIB) is None
+        assert len(storage.list_keys()) == 5
+
+    def test_what_is_read_does_not_leave_for_it(self) -> None:
+        storage = MemoryStorage(4 * MIB)
+        for key in "abcd":
+            storage.put(key, bytes(MIB))
+        read_now = [storage.get(key) for key in "abcd"]
+        room = storage.reserve(MIB)
+        assert room is not None
+        assert room.publish("e") is PutStatus.ILLEGAL
+        assert storage.list_keys() == ["a", "b", "c", "d"]
+        del read_now
+
+    def test_threads_that_put_and_receive_one_key(self) -> None:
+        def put(i: int) -> None:
+            for _ in range(200):
+                storage.put("a", bytes([i]) * 20_000)
+
+        def receive(i: int) -> None:
+            for _ in range(200):
+                room = storage.reserve(20_000)
+                assert room is not None
+                room.buffer[:] = bytes([i]) * 20_000
+                room.publish("a")
+                found = storage.get("a")
+                assert found is not None
+                assert bytes(found) == bytes([found[0]]) * 20_000
+
+        storage = MemoryStorage(10 * MIB)
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4) for work in (put, receive)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (storage.stats().entries, storage.stats().current_bytes) == (1, 5 * mmap.PAGESIZE)
