@@ -5,6 +5,7 @@ import pytest
 _SUITES = (
     "array_suite",
     "batch_suite",
+    "cache_suite",
     "container_suite",
     "ownership_suite",
     "rows_suite",
@@ -16,6 +17,7 @@ pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in _SUITES))  # b
 from agnostic_cache.testing.adapter_suite import AdapterSuite  # noqa: E402
 from agnostic_cache.testing.array_suite import ArraySuite  # noqa: E402
 from agnostic_cache.testing.batch_suite import BatchSuite  # noqa: E402
+from agnostic_cache.testing.cache_suite import CacheSuite  # noqa: E402
 from agnostic_cache.testing.container_suite import ContainerSuite  # noqa: E402
 from agnostic_cache.testing.grid import Grid, pattern  # noqa: E402
 from agnostic_cache.testing.ownership_suite import OwnershipSuite  # noqa: E402
@@ -28,6 +30,7 @@ __all__ = [
     "AdapterSuite",
     "ArraySuite",
     "BatchSuite",
+    "CacheSuite",
     "ContainerSuite",
     "Grid",
     "OwnershipSuite",

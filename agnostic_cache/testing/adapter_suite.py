@@ -19,11 +19,12 @@ Everything is asserted through the public names of `agnostic_cache`: classes of 
 
 from agnostic_cache.testing.array_suite import ArraySuite
 from agnostic_cache.testing.batch_suite import BatchSuite
+from agnostic_cache.testing.cache_suite import CacheSuite
 from agnostic_cache.testing.container_suite import ContainerSuite
 from agnostic_cache.testing.ownership_suite import OwnershipSuite
 from agnostic_cache.testing.rows_suite import RowsSuite
 from agnostic_cache.testing.template_suite import TemplateSuite
 
 
-class AdapterSuite(ArraySuite, ContainerSuite, RowsSuite, BatchSuite, OwnershipSuite, TemplateSuite):
+class AdapterSuite(ArraySuite, ContainerSuite, RowsSuite, BatchSuite, OwnershipSuite, TemplateSuite, CacheSuite):
     """Every suite at once; an adapter without buffers to fill inherits all but `TemplateSuite`."""
