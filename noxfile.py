@@ -160,6 +160,14 @@ def storage(session: nox.Session) -> None:
     session.run("pytest", "tests/storage", *session.posargs)
 
 
+@nox.session(default=False, venv_params=["--system-site-packages"])
+def gpu(session: nox.Session) -> None:
+    """A CUDA device, with the torch and the JAX of this machine; fails where there is none."""
+    install(session, *group("test"))
+    session.run("python", "-c", "import jax, torch; torch.zeros(1, device='cuda'); jax.devices('gpu')")
+    test(session, "gpu", "torch", "jax")
+
+
 @nox.session(python=PYTHONS[0], tags=["tests"])
 def minimums(session: nox.Session) -> None:
     """The lowest versions that the extras promise."""

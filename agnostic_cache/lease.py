@@ -27,9 +27,10 @@ class Entry:
         pins: `pin` calls that no `unpin` has taken back.
         listed: It can be found.
         shares: It left, and other entries hold some of its arrays.
+        queued: Computations may still read it when a borrow of it has ended; see `Adapter.is_queued`.
     """
 
-    __slots__ = ("as_state", "borrows", "key", "listed", "pins", "shares", "state", "storages")
+    __slots__ = ("as_state", "borrows", "key", "listed", "pins", "queued", "shares", "state", "storages")
 
     def __init__(self, key: Key, state: KVState, storages: list[Storage], *, as_state: bool) -> None:
         """Make an entry that is not listed yet."""
@@ -41,6 +42,7 @@ class Entry:
         self.pins = 0
         self.listed = False
         self.shares = False
+        self.queued = any(map(state.adapter.is_queued, {storage.device for storage in storages}))
 
 
 class Borrow:
@@ -86,6 +88,8 @@ class Borrow:
         try:
             if self._cache._debug:
                 self._check(entry)
+            if entry.queued:
+                entry.state.mark_read()
         finally:
             self._lent.end("borrowed, and its borrow has ended")
             self._cache._give_back(entry)

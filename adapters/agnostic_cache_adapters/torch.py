@@ -25,6 +25,7 @@ from agnostic_cache.state.host import ALIGNMENT, HostArray
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.roles import SNAPSHOT
 from agnostic_cache.state.tree import flatten, strip
+from agnostic_cache_adapters.torch_cuda import mark_read, pinned_copy
 
 WATERMARK_BYTES: Final = 512 * 1024 * 1024
 """Freed memory that the CUDA allocator may hold back before it is told to return it."""
@@ -88,9 +89,9 @@ class TorchAdapter(Adapter):
         return (Storage(storage.data_ptr(), nbytes, self._device_name(array.device)),) if nbytes else ()
 
     def to_host(self, array: torch.Tensor) -> HostArray:
-        """Return the bytes of the tensor: a view of contiguous CPU memory, else a copy."""
+        """Return the bytes of the tensor: a view of contiguous CPU memory, else a copy; from CUDA a pinned one."""
         spec = self.describe(array)
-        host = array.detach().cpu().contiguous()
+        host = pinned_copy(array) if array.is_cuda else array.detach().cpu().contiguous()
         if not host.numel():
             return HostArray.empty(spec.shape, spec.dtype)
         buffer: Any = (_Bytes * spec.nbytes).from_address(host.data_ptr())
@@ -141,6 +142,14 @@ class TorchAdapter(Adapter):
             torch.cuda.empty_cache()
         return freed
 
+    def is_queued(self, device: str) -> bool:
+        """See `Adapter.is_queued`."""
+        return device.startswith("cuda")
+
+    def mark_read(self, arrays: Sequence[torch.Tensor]) -> None:
+        """See `Adapter.mark_read`."""
+        mark_read(arrays)
+
     def check_all(self, arrays: Sequence[torch.Tensor]) -> Sequence[tuple[int, ...]]:
         """See `Adapter.check_all`."""
         odd = any(map(_requires_grad, arrays)) or any(map(_is_meta, arrays))
@@ -174,6 +183,7 @@ class TorchAdapter(Adapter):
 
     def copy_all(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy each tensor, contiguous."""
+        mark_read(arrays)
         return [self._copy(array) for array in arrays]
 
     def _copy(self, array: torch.Tensor) -> torch.Tensor:
@@ -188,6 +198,7 @@ class TorchAdapter(Adapter):
 
     def cut_all(self, cuts: Sequence[tuple[torch.Tensor, int, int, int]]) -> list[torch.Tensor]:
         """Clone the rows, contiguous."""
+        mark_read(cut[0] for cut in cuts)
         return [
             array.narrow(axis, start, stop - start).clone(memory_format=torch.contiguous_format)
             for array, axis, start, stop in cuts
@@ -195,6 +206,7 @@ class TorchAdapter(Adapter):
 
     def concat_all(self, joins: Sequence[tuple[Sequence[torch.Tensor], int]]) -> list[torch.Tensor]:
         """Concatenate; one part alone is cloned."""
+        mark_read(array for arrays, _ in joins for array in arrays)
         return [torch.cat(list(arrays), dim=axis) for arrays, axis in joins]
 
     def counter(self, array: torch.Tensor) -> int | None:
@@ -225,6 +237,7 @@ class TorchAdapter(Adapter):
 
     def fill_all(self, fills: Sequence[Fill]) -> list[torch.Tensor]:
         """Write in place; addresses stay, so that compiled graphs stay valid."""
+        mark_read(fill.source for fill in fills)
         with torch.inference_mode():  # also buffers that were made in inference mode may be written
             for target, index, source, source_index, order in fills:
                 target[index].copy_(source[source_index].permute(order))

@@ -236,6 +236,16 @@ class Adapter(ABC):
         """Return size and a liveness test per storage of `arrays`; the test keeps nothing alive."""
         return []
 
+    def is_queued(self, device: str) -> bool:  # noqa: ARG002
+        """Say whether computations on `device` may still read memory that was freed after they were started.
+
+        Then `mark_read` is called at the end of each borrow. Not where the framework itself keeps such memory, as JAX.
+        """
+        return False
+
+    def mark_read(self, arrays: Sequence[Array]) -> None:  # noqa: B027
+        """Keep the memory of `arrays` from other use until what the current stream was asked to do is done."""
+
     def counter(self, array: Array) -> int | None:
         """Read a `LENGTH` leaf: its value where all elements agree, else None. Blocks until it is computed."""
         host = self.to_host(array)

@@ -378,6 +378,10 @@ class KVState:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
         self._gone, self._leaves = reason, {}
 
+    def mark_read(self) -> None:
+        """Say that the current stream reads the leaves; see `Adapter.mark_read`."""
+        self._adapter.mark_read(self._arrays())
+
     def share(self) -> None:
         """Say that somebody else refers to the memory from now on, so that nobody may write it."""
         if self._ownership is Ownership.OWNED:
