@@ -160,6 +160,13 @@ def storage(session: nox.Session) -> None:
     session.run("pytest", "tests/storage", *session.posargs)
 
 
+@nox.session(tags=["tests"])
+def mellea(session: nox.Session) -> None:
+    """The real mellea on a tiny local model: 65 packages, and an import of torch's compiler, take a minute."""
+    install(session, *group("mellea"), extras=["transformers"])
+    test(session, "mellea", "transformers")
+
+
 @nox.session(default=False, venv_params=["--system-site-packages"])
 def gpu(session: nox.Session) -> None:
     """A CUDA device, with the torch and the JAX of this machine; fails where there is none."""

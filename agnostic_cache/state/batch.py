@@ -77,8 +77,9 @@ def stack_leaves(parts: Sequence["KVState"], length: int) -> dict[str, Leaf]:
             arrays, start = _windows(name, leaves, lengths, length, adapter)
             stacked[name] = leaf._replace(first=start)
         elif isinstance(leaf.role, TOKENS):
-            trimmed = [counted(leaf, adapter, count) for leaf, count in zip(leaves, lengths, strict=True)]
-            arrays = [_padded(array, leaf.role.axis, length // leaf.role.stride, adapter) for array in trimmed]
+            at, stride = leaf.role
+            trimmed = [counted(part, adapter, count) for part, count in zip(leaves, lengths, strict=True)]
+            arrays = [_padded(array, at, length // stride, adapter) for array in trimmed]
         else:
             arrays = [leaf.array for leaf in leaves]
         joins.append((arrays, axis))

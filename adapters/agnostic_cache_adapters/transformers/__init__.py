@@ -15,13 +15,14 @@ from agnostic_cache.errors import StructureMismatchError
 from agnostic_cache.state.adapter import Opened
 from agnostic_cache.state.roles import SNAPSHOT, TOKENS, Hint, axis_names
 from agnostic_cache_adapters.torch import TorchAdapter, on_evict
-from agnostic_cache_adapters.transformers import layers, strangers
+from agnostic_cache_adapters.transformers import layers as classes
+from agnostic_cache_adapters.transformers import strangers
 
 __all__ = ["TransformersAdapter", "adapter", "on_evict"]
 
 _CACHES = {"DynamicCache": cache_utils.DynamicCache}
 _DYNAMIC = {"class": "DynamicLayer"}
-_GROWING: dict[str, Hint] = dict.fromkeys(("key", "value"), Hint(TOKENS(2), layers.AXES, frozen=True))
+_GROWING: dict[str, Hint] = dict.fromkeys(("key", "value"), Hint(TOKENS(2), classes.AXES, frozen=True))
 _PLAIN = {cache_utils.DynamicLayer}
 _CACHE, _LAYER, _STRANGER = "transformers.cache", "transformers.layer", "transformers.stranger"
 _PAIR = "transformers.encoder_decoder"
@@ -41,7 +42,7 @@ class TransformersAdapter(TorchAdapter):
         if isinstance(value, cache_utils.Cache):
             return _open_cache(value)
         if isinstance(value, strangers.LAYERS):
-            return _open_known(value) if layers.known(value) else _open_stranger(value)
+            return _open_known(value) if classes.known(value) else _open_stranger(value)
         if kind is _Cross:
             return self._open_cross(value.value)
         return None
@@ -61,8 +62,8 @@ class TransformersAdapter(TorchAdapter):
         if kind == _LAYER:
             if data is _DYNAMIC or data["class"] == "DynamicLayer":
                 keys = children["key"]
-                return cache_utils.DynamicLayer() if keys is None else layers.dynamic_layer(keys, children["value"])
-            return layers.make(data, children, length)
+                return cache_utils.DynamicLayer() if keys is None else classes.dynamic_layer(keys, children["value"])
+            return classes.make(data, children, length)
         if kind == _PAIR:
             return _pair(children, data, native)
         if kind not in {_CACHE, _STRANGER}:
@@ -75,17 +76,17 @@ class TransformersAdapter(TorchAdapter):
         vars(cache).update(children)
         return cache
 
-    def prepare_like(self, like: Any, length: int, layers_: int) -> object:
+    def prepare_like(self, like: Any, length: int, layers: int) -> object:
         """Give a bare ``DynamicCache()`` as many layers as the state has."""
         if isinstance(like, cache_utils.EncoderDecoderCache):
             for half in (like.self_attention_cache, like.cross_attention_cache):
-                self.prepare_like(half, length, layers_)
+                self.prepare_like(half, length, layers)
         elif isinstance(like, cache_utils.Cache):
             if not like.layers and like.layer_class_to_replicate is not None:
-                like.layers.extend(like.layer_class_to_replicate() for _ in range(layers_))
+                like.layers.extend(like.layer_class_to_replicate() for _ in range(layers))
             for layer in like.layers:
-                layers.rewind(layer)
-        return super().prepare_like(like, length, layers_)
+                classes.rewind(layer)
+        return super().prepare_like(like, length, layers)
 
     def take_apart(self, value: object) -> list[Any] | None:
         """Empty caches and layers, whatever their class."""
@@ -113,7 +114,7 @@ _opened = functools.partial(tuple.__new__, Opened)  # takes all six fields, at a
 
 def _open_dynamic(layer: Any) -> Opened:
     keys = layer.keys
-    if not layer.is_initialized or keys is None or keys.ndim != len(layers.AXES):  # ready early: one axis, empty
+    if not layer.is_initialized or keys is None or keys.ndim != len(classes.AXES):  # ready early: one axis, empty
         return Opened(_LAYER, {"key": None, "value": None}, _DYNAMIC, _GROWING)
     return _opened((_LAYER, {"key": keys, "value": layer.values}, _DYNAMIC, _GROWING, None, None))
 
@@ -121,19 +122,19 @@ def _open_dynamic(layer: Any) -> Opened:
 def _open_known(layer: Any) -> Opened:
     children: dict[str, Any] = {}
     hints: dict[str, Hint] = {}
-    for name, part in layers.parts(layer).items():
-        array = children[name] = layers.get(layer, part)
+    for name, part in classes.parts(layer).items():
+        array = children[name] = classes.get(layer, part)
         hints[name] = part.hint
         if array is not None and not part.hint.axes:
             hints[name] = part.hint._replace(axes=_batch_first(array.ndim))
-    length = layers.stated_length(layer) if children.get("key") is not None else None
-    return Opened(_LAYER, children, layers.settings(layer), hints, length)
+    length = classes.stated_length(layer) if children.get("key") is not None else None
+    return Opened(_LAYER, children, classes.settings(layer), hints, length)
 
 
 def _open_cache(cache: Any) -> Opened:
     held = {"layers": cache.layers, **strangers.held(cache, "layers")}
     kinds = set(map(type, cache.layers))
-    length = None if kinds <= _PLAIN or all(map(layers.known, cache.layers)) else _asked(cache)
+    length = None if kinds <= _PLAIN or all(map(classes.known, cache.layers)) else _asked(cache)
     return Opened(_CACHE, held, type(cache).__name__, length=length, native=strangers.shell(cache, held))
 
 
