@@ -9,7 +9,7 @@ import enum
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError, UnknownValueError
 from agnostic_cache.state.adapter import Adapter, Array, Opened
@@ -53,6 +53,7 @@ class Node(NamedTuple):
         return cls(str(plain["kind"]), plain.get("data"), tuple(plain.get("keys", ())), children)
 
 
+_OURS = frozenset({"leaf", "const", "length", "dict", "list", "tuple", "namedtuple", "dataclass"})
 _KEYS = frozenset({str, int})
 _SCALARS = frozenset({str, int, float, bool})
 _node = functools.partial(tuple.__new__, Node)  # takes all five fields, at a third of the time of Node(...)
@@ -222,6 +223,12 @@ def build(node: Node, arrays: Mapping[str, Array], length: int, adapter: Adapter
         StructureMismatchError: A container cannot be rebuilt in this process; the caller needs a template.
     """
     kind, data, keys, nodes, native = node
+    if kind not in _OURS:  # first, and in one go: a cache has a container per layer
+        named: Any = {
+            key: arrays.get(child.data) if child.kind == "leaf" else build(child, arrays, length, adapter)
+            for key, child in zip(keys, nodes, strict=True)
+        }
+        return adapter.close(kind, named, data, length, native)
     if kind == "leaf":
         return arrays.get(data)  # None where a container has room for a leaf that it does not hold yet
     if kind == "const":
@@ -243,9 +250,6 @@ def build(node: Node, arrays: Mapping[str, Array], length: int, adapter: Adapter
         return children
     if kind == "tuple":
         return tuple(children)
-    if kind not in {"namedtuple", "dataclass"}:
-        names = cast("tuple[str, ...]", keys)
-        return adapter.close(kind, dict(zip(names, children, strict=True)), data, length, native)
     if native is None:
         msg = f"{kind} {data} cannot be rebuilt from its name alone; pass like= with a fresh one"
         raise StructureMismatchError(msg)

@@ -15,7 +15,6 @@ from mellea.backends.cache import SimpleLRUCache as TheirLRUCache
 from mellea.backends.huggingface import HFAloraCacheInfo, LocalHFBackend, _cleanup_kv_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch_subject import live_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agnostic_cache import Cache, SimpleLRUCache, StateCache
@@ -86,6 +85,11 @@ def tensors(value: HFAloraCacheInfo) -> list[torch.Tensor]:
     return [*rows, value.merged_token_ids, value.merged_attention, *(value.scores or ())]
 
 
+def watched(arrays: list[torch.Tensor]) -> list[Any]:
+    """Refer to storages without keeping them alive."""
+    return [StorageWeakRef(array.untyped_storage()) for array in arrays]  # type: ignore[no-untyped-call]
+
+
 def test_our_caches_have_the_methods_of_theirs() -> None:
     for name in TheirCache.__abstractmethods__:
         assert callable(getattr(Cache, name))
@@ -99,9 +103,7 @@ def test_our_on_evict_frees_what_their_clean_up_leaves(parts: tuple[Any, Any, to
         ask(backend(parts, cache), "one")
         [(key, value)] = cache.given
         looked_at: Any = value.kv_cache  # by somebody, still
-        rows: Any = [tensor for layer in looked_at.layers for tensor in (layer.keys, layer.values)]
-        storages: Any = [StorageWeakRef(tensor.untyped_storage()) for tensor in rows]  # type: ignore[no-untyped-call]
-        del rows
+        storages = watched([tensor for layer in looked_at.layers for tensor in (layer.keys, layer.values)])
         cache.put(key + 1, HFAloraCacheInfo(None, None, None))
         assert cache.current_size() == 1
         gc.collect()
@@ -150,12 +152,15 @@ def test_state_cache_keeps_its_budget_of_bytes(parts: tuple[Any, Any, torch.devi
     probe = Noting(StateCache("1MiB"))
     ask(backend(parts, probe), "one")
     room = 2 * probe.cache.current_bytes
-    states = StateCache(room)
-    ours = backend(parts, states)
+    cache = Noting(states := StateCache(room))
+    ours = backend(parts, cache)
     for text in ("one", "two", "six", "ten"):  # as long as one another
         ask(ours, text)
         assert 0 < states.current_bytes <= room
     assert states.stats().puts == 4
-    held, before = states.current_bytes, live_bytes()
+    with states.borrow(cache.given[-1][0], raw=True) as kept:
+        assert kept is not None
+        storages = watched([leaf.array for leaf in kept.leaves.values()])
+    assert not any(storage.expired() for storage in storages)
     states.clear()
-    assert before - live_bytes() == held
+    assert all(storage.expired() for storage in storages)

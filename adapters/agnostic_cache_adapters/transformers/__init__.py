@@ -42,7 +42,8 @@ class TransformersAdapter(TorchAdapter):
         if isinstance(value, cache_utils.Cache):
             return _open_cache(value)
         if isinstance(value, strangers.LAYERS):
-            return _open_known(value) if classes.known(value) else _open_stranger(value)
+            plan = classes.plan(value)
+            return _open_stranger(value) if plan is None else _open_known(value, plan)
         if kind is _Cross:
             return self._open_cross(value.value)
         return None
@@ -63,7 +64,7 @@ class TransformersAdapter(TorchAdapter):
             if data is _DYNAMIC or data["class"] == "DynamicLayer":
                 keys = children["key"]
                 return cache_utils.DynamicLayer() if keys is None else classes.dynamic_layer(keys, children["value"])
-            return classes.make(data, children, length)
+            return classes.make(native or classes.planned(data), children, length)
         if kind == _PAIR:
             return _pair(children, data, native)
         if kind not in {_CACHE, _STRANGER}:
@@ -119,22 +120,22 @@ def _open_dynamic(layer: Any) -> Opened:
     return _opened((_LAYER, {"key": keys, "value": layer.values}, _DYNAMIC, _GROWING, None, None))
 
 
-def _open_known(layer: Any) -> Opened:
+def _open_known(layer: Any, plan: classes.Plan) -> Opened:
     children: dict[str, Any] = {}
     hints: dict[str, Hint] = {}
-    for name, part in classes.parts(layer).items():
+    for name, part in plan.parts.items():
         array = children[name] = classes.get(layer, part)
         hints[name] = part.hint
         if array is not None and not part.hint.axes:
             hints[name] = part.hint._replace(axes=_batch_first(array.ndim))
     length = classes.stated_length(layer) if children.get("key") is not None else None
-    return Opened(_LAYER, children, classes.settings(layer), hints, length)
+    return Opened(_LAYER, children, plan.data, hints, length, plan)
 
 
 def _open_cache(cache: Any) -> Opened:
     held = {"layers": cache.layers, **strangers.held(cache, "layers")}
     kinds = set(map(type, cache.layers))
-    length = None if kinds <= _PLAIN or all(map(classes.known, cache.layers)) else _asked(cache)
+    length = None if kinds <= _PLAIN or all(map(classes.plan, cache.layers)) else _asked(cache)
     return Opened(_CACHE, held, type(cache).__name__, length=length, native=strangers.shell(cache, held))
 
 

@@ -52,25 +52,48 @@ class Part(NamedTuple):
     hint: Hint
 
 
-def known(layer: Any) -> bool:
-    """Say whether every array of this layer is known."""
+class Plan(NamedTuple):
+    """What is known of layers of one class and settings.
+
+    Attributes:
+        kind: The class.
+        data: Its name and the settings, JSON-able; `planned` finds the plan again by it.
+        parts: The arrays that such a layer has, or has room for, by the last part of their names.
+        plain: What a new layer has besides, as it is.
+        dicts: What it has in dicts, of which each layer needs its own.
+        numbers: What it has in tensors of one number.
+    """
+
+    kind: Any
+    data: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    plain: Mapping[str, Any]
+    dicts: Mapping[str, Mapping[Any, Any]]
+    numbers: Mapping[str, int]
+
+
+def plan(layer: Any) -> Plan | None:
+    """Return the plan of a layer, or None where not every array of it is known."""
     kind = type(layer)
-    if _class(kind.__name__) is not kind:
-        return False
+    held = vars(layer)
+    found = _plan(kind.__name__, *[held.get(name) for name in _SETTINGS])
+    if found is None or found.kind is not kind:
+        return None
     # One that records keeps more columns of its convolutions than it needs, and they tell no more how many it needs.
-    return not (isinstance(layer, cache_utils.LinearAttentionLayer) and layer.record_past)
+    return None if "conv_states" in held and held["record_past"] else found
 
 
-def settings(layer: Any) -> dict[str, Any]:
-    """Return class and settings of a layer, JSON-able: what `make` takes."""
-    found = {name: getattr(layer, name) for name in _SETTINGS if hasattr(layer, name)}
-    return {"class": type(layer).__name__, **found}
+def planned(data: Mapping[str, Any]) -> Plan:
+    """Return the plan of what was described by `Plan.data`.
 
-
-def parts(layer: Any) -> Mapping[str, Part]:
-    """Return the arrays that a layer of a known class has, or has room for, by the last part of their names."""
-    kind: Any = type(layer)
-    return _parts(kind, *(getattr(layer, name, None) for name in _SETTINGS[:4]))
+    Raises:
+        StructureMismatchError: No such class here.
+    """
+    found = _plan(data["class"], *[data.get(name) for name in _SETTINGS])
+    if found is None:
+        msg = f"a layer of class {data['class']} cannot be rebuilt from its name alone; pass like= with a fresh one"
+        raise StructureMismatchError(msg)
+    return found
 
 
 def stated_length(layer: Any) -> int | None:
@@ -81,43 +104,34 @@ def stated_length(layer: Any) -> int | None:
 
 def get(layer: Any, part: Part) -> torch.Tensor | None:
     """Return the array of a part, or None where the layer does not hold one yet."""
-    array = getattr(layer, part.attribute)
-    if part.at is not None:
-        array = array[part.at]
-    if array is None or (part.hint.axes and array.ndim != len(part.hint.axes)):  # initialised early: one axis, empty
+    attribute, at, hint = part
+    array = getattr(layer, attribute)
+    if at is not None:
+        array = array[at]
+    if array is None or (hint.axes and array.ndim != len(hint.axes)):  # initialised early: one axis, empty
         return None
-    if part.attribute == "cumulative_length" and layer.is_sliding and layer.cumulative_length_int > layer.max_cache_len:
+    if attribute == "cumulative_length" and layer.is_sliding and layer.cumulative_length_int > layer.max_cache_len:
         # A static window that is full stops counting on the device.
         return torch.full_like(array, layer.cumulative_length_int)
     return array  # type: ignore[no-any-return]
 
 
-def make(data: Mapping[str, Any], arrays: Mapping[str, torch.Tensor | None], length: int) -> object:
-    """Make a layer of a known class around `arrays`, which stand for `length` tokens.
-
-    Raises:
-        StructureMismatchError: No such class here.
-    """
-    kind = _class(data["class"])
-    if kind is None:
-        msg = f"a layer of class {data['class']} cannot be rebuilt from its name alone; pass like= with a fresh one"
-        raise StructureMismatchError(msg)
-    rates = {name: data.get("compress_rate") for name in _COMPRESSED.values()}
-    config = SimpleNamespace(sliding_window=data.get("sliding_window"), compress_rates=rates)
-    room = data.get("max_cache_len")
-    window = data.get("sliding_window", room)  # a static window has no more room than that
-    states = data.get("number_of_states", 1)
-    layer = kind(sliding_window=window, max_cache_len=room, number_of_states=states, config=config)
-    if "record_past" in data:
-        layer.record_past = data["record_past"]
-    for name, part in parts(layer).items():
+def make(plan: Plan, arrays: Mapping[str, torch.Tensor | None], length: int) -> object:
+    """Make a layer around `arrays`, which stand for `length` tokens."""
+    layer = object.__new__(plan.kind)
+    held: dict[str, Any] = {**plan.plain, **{name: dict(child) for name, child in plan.dicts.items()}}
+    for name, (attribute, at, _) in plan.parts.items():
         array = arrays[name]
-        if part.at is not None:
-            getattr(layer, part.attribute)[part.at] = array
-        elif array is not None:
-            setattr(layer, part.attribute, array)
-    _settle(layer, length)
-    return layer
+        if at is None:
+            held[attribute] = array
+        else:
+            held[attribute][at] = array
+    for name, number in plan.numbers.items():
+        if held.get(name) is None:
+            held[name] = torch.scalar_tensor(number, dtype=torch.long)  # a fifth of torch.tensor's time
+    layer.__dict__ = held
+    _settle(layer, held, length)
+    return layer  # type: ignore[no-any-return]
 
 
 def rewind(layer: Any) -> None:
@@ -146,9 +160,25 @@ def _class(name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _parts(
-    kind: type, window: int | None, room: int | None, states: int | None, rate: int | None
-) -> Mapping[str, Part]:
+def _plan(name: str, *settings: Any) -> Plan | None:
+    window, room, states, rate, record = settings
+    kind = _class(name)
+    if kind is None:
+        return None
+    config = SimpleNamespace(sliding_window=window, compress_rates=dict.fromkeys(_COMPRESSED.values(), rate))
+    # A static window has no more room than its window.
+    fresh = vars(kind(sliding_window=window or room, max_cache_len=room, number_of_states=states or 1, config=config))
+    if record is not None:
+        fresh["record_past"] = record
+    dicts = {name: child for name, child in fresh.items() if isinstance(child, dict)}
+    numbers = {name: int(child) for name, child in fresh.items() if isinstance(child, torch.Tensor)}
+    plain = {name: child for name, child in fresh.items() if name not in {*dicts, *numbers}}
+    known = {name: value for name, value in zip(_SETTINGS, settings, strict=True) if value is not None}
+    data = {"class": name, **known}
+    return Plan(kind, data, _parts(kind, window, room, states or 1, rate or 1), plain, dicts, numbers)
+
+
+def _parts(kind: type, window: int | None, room: int | None, states: int, rate: int) -> Mapping[str, Part]:
     static = issubclass(kind, cache_utils.StaticLayer)
     sliding = issubclass(kind, cache_utils.DynamicSlidingWindowLayer | cache_utils.StaticSlidingWindowLayer)
     found: dict[str, Part] = {}
@@ -167,52 +197,48 @@ def _parts(
         if static:
             found["indexer_cumulative_length"] = Part("indexer_cumulative_length", None, Hint(LENGTH, ()))
     if issubclass(kind, cache_utils.LinearAttentionLayer):
-        for i in range(states or 1):
+        for i in range(states):
             found[f"conv_states_{i}"] = Part("conv_states", i, _STATE)
             found[f"recurrent_states_{i}"] = Part("recurrent_states", i, _STATE)
     if kind.__name__ in _COMPRESSED:
         del found["value"]  # is its key
-        names = ("compressor",) if kind.__name__ == "DeepseekV4HCACache" else ("compressor", "indexer")
-        rest = (
-            ("buffer_kv", "buffer_gate")
-            if len(names) == 1
-            else ("buffer_kv", "buffer_gate", "overlap_kv", "overlap_gate")
-        )
-        rows = Hint(TOKENS(1, rate or 1), ("batch", "tokens", "dim"), frozen=True)
+        names, rest = ["compressor"], ["buffer_kv", "buffer_gate"]
+        if kind.__name__ == "DeepseekV4CSACache":
+            names, rest = [*names, "indexer"], [*rest, "overlap_kv", "overlap_gate"]
+        rows = Hint(TOKENS(1, rate), ("batch", "tokens", "dim"), frozen=True)
         for name in names:
             found[f"compressed_kv_{name}"] = Part("compressed_kv", name, rows)
             found |= {f"{state}_{name}": Part(state, name, _STATE._replace(frozen=True)) for state in rest}
     return found
 
 
-def _settle(layer: Any, length: int) -> None:
+def _settle(layer: Any, held: dict[str, Any], length: int) -> None:
     """Set what a layer says of its arrays beside them."""
-    kind = type(layer)
-    if issubclass(kind, cache_utils.CacheLayerMixin) and layer.keys is not None:
-        if kind.__name__ in _COMPRESSED:
-            layer.values = layer.keys
-            layer.entry_count = {
-                name: 0 if rows is None else rows.shape[1] for name, rows in layer.compressed_kv.items()
-            }
-        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        if issubclass(kind, cache_utils.StaticLayer):
+    keys = held.get("keys")
+    if keys is not None:
+        held["dtype"], held["device"], held["is_initialized"] = keys.dtype, keys.device, True
+        if "max_cache_len" in held:
             _settle_static(layer, length)
-        elif issubclass(kind, cache_utils.DynamicSlidingWindowLayer):
-            layer.cumulative_length = length
-    if issubclass(kind, cache_utils.LinearAttentionLayer):
-        for i, (conv, recurrent) in enumerate(
-            zip(layer.conv_states.values(), layer.recurrent_states.values(), strict=True)
-        ):
+        elif "cumulative_length" in held:
+            held["cumulative_length"] = length
+        if "compressed_kv" in held:
+            held["values"] = keys
+            held["entry_count"] = {
+                name: 0 if rows is None else rows.shape[1] for name, rows in held["compressed_kv"].items()
+            }
+    if "conv_states" in held:
+        for i, conv in held["conv_states"].items():
+            recurrent = held["recurrent_states"][i]
             first = conv if conv is not None else recurrent
             if first is not None:
-                layer.dtype, layer.device = first.dtype, first.device
-            layer.is_conv_states_initialized[i] = layer.has_previous_state[i] = conv is not None
-            layer.is_recurrent_states_initialized[i] = recurrent is not None
-            layer.conv_kernel_size[i] = None if conv is None else conv.shape[-1]
-    indexer = getattr(layer, "indexer_keys", None)
+                held["dtype"], held["device"] = first.dtype, first.device
+            held["is_conv_states_initialized"][i] = held["has_previous_state"][i] = conv is not None
+            held["is_recurrent_states_initialized"][i] = recurrent is not None
+            held["conv_kernel_size"][i] = None if conv is None else conv.shape[-1]
+    indexer = held.get("indexer_keys")
     if indexer is not None:
-        layer.is_indexer_initialized = True
-        layer.indexer_dtype, layer.indexer_device = indexer.dtype, indexer.device
+        held["is_indexer_initialized"] = True
+        held["indexer_dtype"], held["indexer_device"] = indexer.dtype, indexer.device
 
 
 def _settle_static(layer: Any, length: int) -> None:
