@@ -20,9 +20,11 @@ class Match:
 
     Attributes:
         length: Tokens of the prompt that it covers: fewer than the prompt has, so that one is left to compute.
+        known: Tokens up to which whole blocks are here. More than `length` where a state cannot end there yet: the
+            prompt parts from another one, and a state stored there would serve both.
     """
 
-    __slots__ = ("_claim", "_count", "_layout", "_leases", "_rows", "length")
+    __slots__ = ("_claim", "_count", "_layout", "_leases", "_rows", "known", "length")
 
     def __init__(self, leases: list[Borrows], count: int, rows: int, length: int, layout: KVLayout | None) -> None:
         """Take over leases on blocks, of which `count` matter, the last one up to `rows`, and on a snapshot."""
@@ -32,6 +34,7 @@ class Match:
         self._layout = layout
         self._claim: Claim | None = None
         self.length = length
+        self.known = length
 
     def __bool__(self) -> bool:
         """Whether there is something to load."""

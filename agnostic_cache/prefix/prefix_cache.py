@@ -196,6 +196,7 @@ class PrefixCache:
             self._forget(blocks[len(lease)])
             del blocks[len(lease) :]
             rows = self.block_size
+        known = sum(block.length == self.block_size for block in blocks)
         count, leases = len(blocks), [lease]
         while count and not blocks[count - 1].granular:
             last = blocks[count - 1]
@@ -210,10 +211,13 @@ class PrefixCache:
         if not count:
             for one in leases:
                 one.close()
-            return _empty(), root
+            match = _empty()
+            match.known = known * self.block_size
+            return match, root
         length = (count - 1) * self.block_size + rows
         whole = length // self.block_size
         match = Match([lease, *(one for one in leases[1:] if len(one))], count, rows, length, self.layout)
+        match.known = max(length, known * self.block_size)
         return match, blocks[whole - 1].key if whole else root
 
     def _known(self, data: bytes, root: bytes, limit: int) -> tuple[list[Block], int]:

@@ -1,5 +1,6 @@
 """Cutting a state's leaves along their tokens, and joining the leaves of adjacent states."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def cut_leaves(
     for name, leaf in leaves.items():
         role = leaf.role
         if isinstance(role, TOKENS):
-            if start % role.stride or (stop % role.stride and not at_end):
+            if (start % role.stride and start < stop) or (stop % role.stride and not at_end):
                 msg = (
                     f"cut [{start}, {stop}): leaf {name!r} has one row per {role.stride} tokens; cut at multiples of it"
                 )
@@ -128,8 +129,8 @@ def check_joinable(parts: Sequence["KVState"]) -> None:
     """Raise where `parts` are not adjacent pieces of one model's cache; see `KVState.join`."""
     check_alike(parts)
     strides = {leaf.role.stride for part in parts for leaf in part.leaves.values() if isinstance(leaf.role, TOKENS)}
-    for part in parts[:-1]:
-        if any(part.length % stride for stride in strides):
+    for part, after in itertools.pairwise(parts):
+        if after.length and any(part.length % stride for stride in strides):
             msg = (
                 f"join after a part of {part.length} tokens, whose last row is not whole: rows stand for "
                 f"{sorted(strides)} tokens; cut it at a multiple"

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def make(**settings: Any) -> PrefixCache:
 def compilations() -> Iterator[list[str]]:
     events: list[str] = []
 
-    def listen(event: str, _seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:  # noqa: ARG001
         if "compile" in event:
             events.append(event)
 
@@ -80,15 +81,19 @@ def test_buffers_are_used_up_and_the_entry_is_not() -> None:
     tokens = list(range(40))
     kept = computed(tokens)
     store(cache, tokens, kept)
-    for array in jax.tree.leaves(kept):
-        array.delete()
+    jax.tree.map(lambda array: array.delete(), kept)
     for _ in range(3):
         given = init_kv()
         kv, start = resume(cache, tokens, given)
         assert start == 39
         assert all(array.is_deleted() for array in jax.tree.leaves(given))
-        donated = jax.jit(lambda kv: jax.tree.map(lambda array: array * 0, kv), donate_argnums=0)(kv)
+        donated = clear(kv)
         assert not np.asarray(donated[0]["key"]).any()
+
+
+@partial(jax.jit, donate_argnums=0)
+def clear(kv: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, kv)
 
 
 def test_what_is_stored_once_is_stored_once_and_freed() -> None:

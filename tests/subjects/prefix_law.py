@@ -1,7 +1,6 @@
 """The law of prefix reuse: a loop that resumes from what others stored answers as if it had computed everything."""
 
 import random
-from abc import ABC
 from collections.abc import Sequence
 
 from reuse_law import NEW, ROOM, Loop, prompt
@@ -18,7 +17,7 @@ def answer(loop: Loop, cache: PrefixCache, tokens: Sequence[int]) -> tuple[list[
     return [token, *loop.generate(kv, [token], len(tokens))[: NEW - 1]], start
 
 
-class PrefixLaw(ABC):
+class PrefixLaw:
     """What holds of every structure whose layout is known; a test class inherits it and says which loop."""
 
     longest = 11

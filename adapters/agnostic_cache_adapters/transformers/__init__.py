@@ -5,7 +5,7 @@ writes in place is copied whenever it is handed out. `layers.py` knows the class
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from agnostic_cache.state.roles import SNAPSHOT, TOKENS, Hint, axis_names
 from agnostic_cache_adapters.torch import TorchAdapter, on_evict
 from agnostic_cache_adapters.transformers import layers as classes
 from agnostic_cache_adapters.transformers import strangers
+from agnostic_cache_adapters.transformers.blocks import BlockLayer, Pieces
+from agnostic_cache_adapters.transformers.generation import cached, generate, reuse
+from agnostic_cache_adapters.transformers.scoring import score
 
-__all__ = ["TransformersAdapter", "adapter", "on_evict"]
+__all__ = ["TransformersAdapter", "adapter", "cached", "generate", "on_evict", "reuse", "score"]
 
 _CACHES = {"DynamicCache": cache_utils.DynamicCache}
 _DYNAMIC = {"class": "DynamicLayer"}
@@ -35,6 +38,9 @@ class TransformersAdapter(TorchAdapter):
     def open(self, value: Any) -> Opened | None:
         """Take a cache or a layer apart; canonical leaf names are ``layers.0.key`` and ``layers.0.value``."""
         kind = type(value)
+        if kind is BlockLayer:
+            _ = value.keys  # joins its blocks, which makes it a plain one
+            kind = type(value)
         if kind is cache_utils.DynamicLayer:
             return _open_dynamic(value)
         if isinstance(value, cache_utils.EncoderDecoderCache):
@@ -58,13 +64,14 @@ class TransformersAdapter(TorchAdapter):
         hints = {name: hint._replace(role=SNAPSHOT) for name, hint in opened.hints.items()}
         return opened._replace(hints=hints, length=None)
 
+    def hold_together(self, arrays: Sequence[torch.Tensor], axis: int) -> Any:
+        """Return the tensors as they are: a layer that grows by concatenation joins them with its first new rows."""
+        return Pieces(tuple(arrays), axis)
+
     def close(self, kind: str, children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:
         """Put a cache or a layer together."""
         if kind == _LAYER:
-            if data is _DYNAMIC or data["class"] == "DynamicLayer":
-                keys = children["key"]
-                return cache_utils.DynamicLayer() if keys is None else classes.dynamic_layer(keys, children["value"])
-            return classes.make(native or classes.planned(data), children, length)
+            return _close_layer(children, data, length, native)
         if kind == _PAIR:
             return _pair(children, data, native)
         if kind not in {_CACHE, _STRANGER}:
@@ -118,6 +125,16 @@ def _open_dynamic(layer: Any) -> Opened:
     if not layer.is_initialized or keys is None or keys.ndim != len(classes.AXES):  # ready early: one axis, empty
         return Opened(_LAYER, {"key": None, "value": None}, _DYNAMIC, _GROWING)
     return _opened((_LAYER, {"key": keys, "value": layer.values}, _DYNAMIC, _GROWING, None, None))
+
+
+def _close_layer(children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:
+    if data is _DYNAMIC or data["class"] == "DynamicLayer":
+        keys, values = children["key"], children["value"]
+        if type(keys) is Pieces:
+            return BlockLayer(keys, values)
+        return cache_utils.DynamicLayer() if keys is None else classes.dynamic_layer(keys, values)
+    joined = {name: child.joined() if type(child) is Pieces else child for name, child in children.items()}
+    return classes.make(native or classes.planned(data), joined, length)
 
 
 def _open_known(layer: Any, plan: classes.Plan) -> Opened:
