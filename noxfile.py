@@ -6,6 +6,7 @@ pyproject.toml. The sessions install the wheel that this tree builds, so that pa
 """
 
 import os
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -24,7 +25,7 @@ NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 FRAMEWORKS: list[str] = list(PYPROJECT["project"]["entry-points"]["agnostic_cache.adapters"])
 PYTHONS = nox.project.python_versions(PYPROJECT)
-STORAGE = ["xxhash", "zstd"]
+STORAGE = ["redis", "xxhash", "zstd"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
 
@@ -155,7 +156,9 @@ def interop(session: nox.Session) -> None:
 
 @nox.session(tags=["tests"])
 def storage(session: nox.Session) -> None:
-    """States as bytes, and where they are kept."""
+    """States as bytes, and where they are kept: files, and a real Redis that the tests start."""
+    if not all(map(shutil.which, ("redis-server", "redis-cli", "openssl"))):
+        session.error("redis-server, redis-cli or openssl is missing; on Debian: apt-get install redis-server openssl")
     install(session, *group("storage"), extras=STORAGE)
     session.run("pytest", "tests/storage", *session.posargs)
 
