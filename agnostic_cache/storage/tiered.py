@@ -1,0 +1,256 @@
+"""TieredStorage: fast and small before slow and large, as one storage.
+
+Tiers are inclusive: what comes in goes to all of them, so that what leaves one is in the next already. The first is
+written at once; each other one in the background by default, so that nobody who decodes or evicts waits for it. What
+waits to be written is a view of the first tier's memory, which stays there until it is written: no copy is made.
+
+A hit is to be no slower than a miss: how fast each tier answers is measured as it runs, and `load` takes from it only
+what the caller would take longer to compute.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from agnostic_cache.errors import StorageError
+from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.sizes import parse_size
+from agnostic_cache.storage.backend import (
+    Blob,
+    StorageBackend,
+    StorageStats,
+    check_key,
+    pieces_of,
+)
+from agnostic_cache.storage.tier import Tier, TierStats
+
+
+class TieredStorage(StorageBackend):
+    """Several storages as one. Safe to use from several threads; after a fork, what was waiting is the parent's.
+
+    >>> from agnostic_cache.storage.memory import MemoryStorage
+    >>> with TieredStorage([MemoryStorage("1MiB"), MemoryStorage("16MiB")]) as storage:
+    ...     storage.put("a", b"bytes")
+    ...     storage.flush()
+    ...     [tier.storage.entries for tier in storage.tier_stats()]
+    <PutStatus.LEGAL: 1>
+    [1, 1]
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[StorageBackend],
+        *,
+        write_through: Sequence[int] = (),
+        max_pending_bytes: int | str = "256MiB",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Put storages in order, the fastest first; they are closed with this.
+
+        Args:
+            tiers: At least one, as `open_storage` gives them: one that fails is a miss.
+            write_through: Numbers of the tiers that a put waits for, besides 0.
+            max_pending_bytes: What may wait to be written to one tier; beyond it, a blob is not written there.
+            clock: Seconds, to measure with.
+
+        Raises:
+            InvalidSizeError: `max_pending_bytes` is no size.
+            ValueError: There is no tier.
+        """
+        if not tiers:
+            msg = "a tiered storage of no tier; pass at least one storage"
+            raise ValueError(msg)
+        limit = parse_size(max_pending_bytes)
+        self._tiers = [Tier(storage, limit, clock) for storage in tiers]
+        self._through = frozenset({0, *write_through})
+        self._closed = False
+        self._lock = threading.Lock()  # guards what follows; held for dict operations only
+        self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, blob: Blob) -> PutStatus:
+        """See `StorageBackend.put`; ``LEGAL`` where some tier has it, or will."""
+        check_key(key)
+        self._check_open()
+        first, *others = self._tiers
+        self._overtake(key)
+        status = first.storage.put(key, blob)
+        if not others:
+            return status
+        held = first.storage.get(key) if status is PutStatus.LEGAL else None
+        if held is None:  # refused by the first, or gone from it already
+            held = memoryview(b"".join(pieces_of(blob)[1]))
+        left_out = [first] if status is PutStatus.ILLEGAL else []
+        for number, tier in enumerate(others, start=1):
+            if not tier.put(key, held, wait=number in self._through):
+                left_out.append(tier)
+        if len(left_out) == len(self._tiers):
+            return PutStatus.ILLEGAL
+        for tier in left_out:  # what it has under that key is old
+            tier.forget(key)
+        return PutStatus.LEGAL
+
+    def put_many(self, blobs: Mapping[str, Blob]) -> list[PutStatus]:
+        """See `SupportsBatch.put_many`."""
+        return [self.put(key, blob) for key, blob in blobs.items()]
+
+    def prefetch(self, keys: Sequence[str]) -> None:
+        """Bring what lies in lower tiers to the first, in the background. Does not wait."""
+        self._check_open()
+        for number, tier in enumerate(self._tiers[1:], start=1):
+            tier.submit(functools.partial(self._bring_up, number, keys))
+
+    def _bring_up(self, number: int, keys: Sequence[str]) -> None:
+        self._fetch(number, [key for key in keys if not self._tiers[0].contains_many([key])[0]])
+
+    def _fetch(self, number: int, keys: Sequence[str]) -> dict[str, memoryview]:
+        """Read from one tier, and have what it gave written to those above it."""
+        tier, bringer = self._tiers[number], object()
+        if number:
+            with self._lock:
+                self._coming.update(dict.fromkeys(keys, bringer))
+        blobs = zip(keys, tier.get_many(keys), strict=True)
+        found = {key: blob for key, blob in blobs if blob is not None}
+        for key in keys if number else ():
+            done = functools.partial(self._forget, key, bringer)
+            uppers = self._tiers[:number] if key in found else []
+            for upper in uppers:
+                wanted = functools.partial(self._is_coming, key, bringer)
+                upper.bring_up(key, found[key], wanted, done if upper is uppers[0] else None)
+            if not uppers:
+                done()
+        return found
+
+    def _is_coming(self, key: str, bringer: object) -> bool:
+        return self._coming.get(key) is bringer
+
+    def _forget(self, key: str, bringer: object) -> None:
+        with self._lock:
+            if self._coming.get(key) is bringer:
+                del self._coming[key]
+
+    def _overtake(self, key: str) -> None:
+        """Keep older bytes that are being brought up from coming in behind newer ones."""
+        with self._lock:
+            self._coming.pop(key, None)
+        for number in self._through:
+            self._tiers[number].settle(key)
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> memoryview | None:
+        """See `StorageBackend.get`. A hit in a lower tier comes up to those above."""
+        check_key(key)
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
+        """See `SupportsBatch.get_many`. Each tier is asked once, for all that those above lack."""
+        self._check_open()
+        found: dict[str, memoryview] = {}
+        for number in range(len(self._tiers)):
+            missing = [key for key in dict.fromkeys(keys) if key not in found]
+            if not missing:
+                break
+            found |= self._fetch(number, missing)
+        return [found.get(key) for key in keys]
+
+    def load(self, keys: Sequence[str], *, seconds_per_key: float | None = None) -> list[memoryview]:
+        """Return the blobs of the first keys, as far as they are there and worth it.
+
+        Args:
+            keys: A run, of which each is of use only with all before it.
+            seconds_per_key: What the caller would take to compute one of them; a tier that takes longer is passed over,
+                and measured again in the background. None takes what is there.
+
+        Returns:
+            A blob for each of the first keys, up to the first that is missing or not worth it.
+        """
+        self._check_open()
+        where: dict[str, int] = {}
+        for number, tier in enumerate(self._tiers):
+            missing = [key for key in keys if key not in where]
+            if not missing:
+                break
+            there = [key for key, is_there in zip(missing, tier.contains_many(missing), strict=True) if is_there]
+            if there and not self._is_worth(number, there, seconds_per_key):
+                continue
+            where |= dict.fromkeys(there, number)
+        reach = next((i for i, key in enumerate(keys) if key not in where), len(keys))
+        found: dict[str, memoryview] = {}
+        for number in range(len(self._tiers)):
+            found |= self._fetch(number, [key for key in keys[:reach] if where[key] == number])
+        reach = next((i for i, key in enumerate(keys[:reach]) if key not in found), reach)
+        return [found[key] for key in keys[:reach]]
+
+    def _is_worth(self, number: int, there: Sequence[str], seconds_per_key: float | None) -> bool:
+        """Say whether a tier is faster than computing, as far as is known; else have it measured again."""
+        tier = self._tiers[number]
+        if seconds_per_key is None or number == 0:
+            return True
+        if tier.seconds_per_blob is None:  # one blob tells
+            self._fetch(number, there[:1])
+        if tier.seconds_per_blob is not None and tier.seconds_per_blob <= seconds_per_key:
+            return True
+        if tier.is_idle:
+            self.prefetch(there[:1])
+        return False
+
+    def contains(self, key: str) -> bool:
+        """See `StorageBackend.contains`."""
+        check_key(key)
+        return self.contains_many([key])[0]
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        """See `SupportsBatch.contains_many`. Each tier is asked once, for all that those above lack."""
+        self._check_open()
+        found: set[str] = set()
+        for tier in self._tiers:
+            missing = [key for key in dict.fromkeys(keys) if key not in found]
+            there = tier.contains_many(missing)
+            found |= {key for key, is_there in zip(missing, there, strict=True) if is_there}
+        return [key in found for key in keys]
+
+    def remove(self, key: str) -> bool:
+        """See `StorageBackend.remove`. Removes it from every tier; waits for what is being written under it."""
+        check_key(key)
+        self._check_open()
+        self._overtake(key)
+        return sum(tier.remove(key) for tier in self._tiers) > 0
+
+    def list_keys(self) -> list[str]:
+        """See `StorageBackend.list_keys`. The keys of all tiers, each once."""
+        self._check_open()
+        return list(dict.fromkeys(key for tier in self._tiers for key in tier.list_keys()))
+
+    # --- its life -----------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Wait until everything that was put is in every tier, but for what `tier_stats` counts as skipped."""
+        for tier in self._tiers:
+            tier.flush()
+
+    def close(self) -> None:
+        """Flush, and close every tier. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.flush()
+            for tier in self._tiers:
+                tier.stop()
+                tier.storage.close()
+
+    def stats(self) -> StorageStats:
+        """Return the first tier's counts, with the hits of all tiers."""
+        tiers = self.tier_stats()
+        found = tiers[0].storage
+        return found._replace(hits=sum(tier.hits for tier in tiers), misses=tiers[-1].storage.misses)
+
+    def tier_stats(self) -> list[TierStats]:
+        """Return what each tier holds and did, the first one first."""
+        return [tier.stats() for tier in self._tiers]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = "this tiered storage is closed; open another"
+            raise StorageError(msg)

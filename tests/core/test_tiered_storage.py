@@ -1,0 +1,216 @@
+"""Several storages as one: nothing waits for the slow ones, nothing that was put is lost by flushing and closing."""
+
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from agnostic_cache.eviction import PutStatus
+from agnostic_cache.storage.backend import Blob
+from agnostic_cache.storage.file import FileStorage
+from agnostic_cache.storage.memory import MemoryStorage
+from agnostic_cache.storage.tiered import TieredStorage
+from agnostic_cache.testing import StorageSuite
+from agnostic_cache.testing.storage_suite import read
+
+MIB = 1024 * 1024
+
+
+class TestTwoMemories(StorageSuite):
+    bounded = False  # the budgets are the tiers' own
+
+    def make(self, place: Path, max_bytes: int | None = None) -> TieredStorage:  # noqa: ARG002
+        return TieredStorage([MemoryStorage("1GiB"), MemoryStorage("1GiB")])
+
+
+class TestMemoryBeforeFiles(StorageSuite):
+    outlives = True
+    bounded = False
+
+    def make(self, place: Path, max_bytes: int | None = None) -> TieredStorage:  # noqa: ARG002
+        return TieredStorage([MemoryStorage(300_000), FileStorage(place / "kv")])
+
+
+class TestWrittenThrough(StorageSuite):
+    outlives = True
+    bounded = False
+
+    def make(self, place: Path, max_bytes: int | None = None) -> TieredStorage:  # noqa: ARG002
+        return TieredStorage([MemoryStorage(300_000), FileStorage(place / "kv")], write_through=[1])
+
+
+class Gated(MemoryStorage):
+    """A storage that writes only when it is let, takes time to read by a clock of its own, and notes what is asked."""
+
+    def __init__(self, clock: list[float] | None = None, seconds: float = 0.0) -> None:
+        super().__init__("1GiB")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.clock, self.seconds = clock if clock is not None else [0.0], seconds
+        self.batches: list[list[str]] = []
+
+    def put(self, key: str, blob: Blob) -> PutStatus:
+        assert self.gate.wait(20)
+        return super().put(key, blob)
+
+    def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
+        self.batches.append(list(keys))
+        found = [self.get(key) for key in keys]
+        self.clock[0] += self.seconds * len(keys)
+        return found
+
+    def put_many(self, blobs: dict[str, Blob]) -> list[PutStatus]:
+        return [self.put(key, blob) for key, blob in blobs.items()]
+
+    def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        return [self.contains(key) for key in keys]
+
+
+def test_a_put_does_not_wait_for_lower_tiers() -> None:
+    slow = Gated()
+    slow.gate.clear()
+    with TieredStorage([MemoryStorage("1GiB"), slow]) as storage:
+        for i in range(20):
+            assert storage.put(f"key {i}", bytes([i]) * 1000) is PutStatus.LEGAL
+            assert read(storage, f"key {i}") == bytes([i]) * 1000
+        assert slow.list_keys() == []
+        slow.gate.set()
+        storage.flush()
+        assert sorted(slow.list_keys()) == sorted(f"key {i}" for i in range(20))
+
+
+def test_what_waits_to_be_written_is_not_evicted_and_closing_loses_nothing(tmp_path: Path) -> None:
+    source = random.Random(0)
+    blobs = {f"key {i}": source.randbytes(100_000) for i in range(40)}
+    with TieredStorage([MemoryStorage(MIB), FileStorage(tmp_path)]) as storage:
+        for key, blob in blobs.items():
+            assert storage.put(key, blob) is PutStatus.LEGAL
+    with FileStorage(tmp_path) as files:
+        assert {key: read(files, key) for key in files.list_keys()} == blobs
+
+
+def test_what_is_too_large_for_the_first_tier_goes_to_the_next(tmp_path: Path) -> None:
+    with TieredStorage([MemoryStorage(10_000), FileStorage(tmp_path)]) as storage:
+        assert storage.put("a", bytes(50_000)) is PutStatus.LEGAL
+        storage.flush()
+        assert read(storage, "a") == bytes(50_000)
+
+
+def test_no_more_waits_than_is_allowed() -> None:
+    slow = Gated()
+    slow.gate.clear()
+    with TieredStorage([MemoryStorage("1GiB"), slow], max_pending_bytes=10_000) as storage:
+        for i in range(20):
+            assert storage.put(f"key {i}", bytes(1000)) is PutStatus.LEGAL
+            assert storage.tier_stats()[1].pending_bytes <= 10_000
+        slow.gate.set()
+        storage.flush()
+        assert (len(slow.list_keys()), storage.tier_stats()[1].skipped) == (10, 10)
+
+
+def test_a_hit_comes_up_and_an_evicted_entry_is_in_the_next_tier(tmp_path: Path) -> None:
+    top, bottom = MemoryStorage(300_000), FileStorage(tmp_path)
+    with TieredStorage([top, bottom]) as storage:
+        for i in range(10):
+            storage.put(f"key {i}", bytes([i]) * 90_000)
+            storage.flush()
+        assert not top.contains("key 0")
+        assert read(storage, "key 0") == bytes(90_000)
+        storage.flush()
+        assert top.contains("key 0")
+        hits = [tier.hits for tier in storage.tier_stats()]
+        assert read(storage, "key 0") == bytes(90_000)
+        assert [tier.hits for tier in storage.tier_stats()] == [hits[0] + 1, hits[1]]
+
+
+def test_each_tier_is_asked_once_for_a_run() -> None:
+    middle, bottom = Gated(), Gated()
+    for i in range(9):
+        (middle if i < 6 else bottom).put(str(i), bytes([i]))
+    with TieredStorage([MemoryStorage("1MiB"), middle, bottom]) as storage:
+        storage.put("0", b"\x00")
+        storage.flush()
+        keys = [str(i) for i in range(10)]
+        assert [bytes(blob) for blob in storage.load(keys)] == [bytes([i]) for i in range(9)]
+        assert (middle.batches, bottom.batches) == ([["1", "2", "3", "4", "5"]], [["6", "7", "8"]])
+        assert storage.contains_many(keys) == [True] * 9 + [False]
+
+
+def test_prefetching_brings_a_run_up() -> None:
+    top, bottom = MemoryStorage("1MiB"), Gated()
+    for i in range(5):
+        bottom.put(str(i), bytes([i]))
+    with TieredStorage([top, bottom]) as storage:
+        storage.prefetch([str(i) for i in range(7)])
+        for _ in range(2):  # reading, and writing
+            storage.flush()
+        assert sorted(top.list_keys()) == [str(i) for i in range(5)]
+
+
+def test_only_what_is_worth_it_is_loaded() -> None:
+    clock = [0.0]
+    top, fast, slow = MemoryStorage("1MiB"), Gated(clock, seconds=0.1), Gated(clock, seconds=2.0)
+    for i in range(8):
+        (fast if i < 5 else slow).put(str(i), bytes([i]))
+    keys = [str(i) for i in range(8)]
+    with TieredStorage([top, fast, slow], clock=lambda: clock[0]) as storage:
+        assert len(storage.load(keys, seconds_per_key=1.0)) == 5  # one blob told how slow the slow one is
+        storage.flush()
+        before = clock[0]
+        assert len(storage.load(keys, seconds_per_key=1.0)) in {5, 6}  # the first, and the one that was tried
+        storage.flush()
+        assert len(storage.load(keys, seconds_per_key=5.0)) == 8
+        assert before < 8
+        asked = len(fast.batches)
+        assert storage.load(["missing", *keys], seconds_per_key=1.0) == []
+        assert len(fast.batches) == asked  # nothing is read behind a gap
+
+
+def test_a_tier_that_became_fast_again_is_found_out() -> None:
+    clock = [0.0]
+    slow = Gated(clock, seconds=2.0)
+    for i in range(60):
+        slow.put(str(i), b"x")
+    with TieredStorage([MemoryStorage("1MiB"), slow], clock=lambda: clock[0]) as storage:
+        keys = [str(i) for i in range(60)]
+        assert storage.load(keys, seconds_per_key=1.0) == []
+        slow.seconds = 0.1
+        for _ in range(10):
+            loaded = storage.load(keys[20:], seconds_per_key=1.0)
+            storage.flush()
+        assert len(loaded) == 40
+
+
+def test_older_bytes_never_come_in_behind_newer_ones() -> None:
+    top, bottom = MemoryStorage(40 * MIB), MemoryStorage("1GiB")
+    with TieredStorage([top, bottom]) as storage:
+
+        def read_on() -> None:
+            while not stop.is_set():
+                for i in range(8):
+                    storage.get(str(i))
+
+        stop = threading.Event()
+        readers = [threading.Thread(target=read_on) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for version in range(60):
+            for i in range(8):
+                while storage.put(str(i), bytes([version]) * 50_000) is not PutStatus.LEGAL:
+                    pass
+                top.remove(str(i)) if version % 3 else None
+        storage.flush()
+        stop.set()
+        for reader in readers:
+            reader.join()
+        storage.flush()
+        for i in range(8):
+            assert read(storage, str(i)) == bytes([59]) * 50_000
+            assert read(top, str(i)) in {None, bytes([59]) * 50_000}
+
+
+def test_no_tiers_are_refused() -> None:
+    with pytest.raises(ValueError):
+        TieredStorage([])
