@@ -163,6 +163,13 @@ def storage(session: nox.Session) -> None:
     session.run("pytest", "tests/storage", *session.posargs)
 
 
+@nox.session(python=[PYTHONS[0], PYTHONS[-1]], tags=["tests"])
+def server(session: nox.Session) -> None:
+    """The cache server, on the oldest and the newest asyncio; a million broken headers."""
+    install(session, *group("test"))
+    session.run("pytest", "tests/server", *session.posargs)
+
+
 @nox.session(tags=["tests"])
 def mellea(session: nox.Session) -> None:
     """The real mellea on a tiny local model: 65 packages, and an import of torch's compiler, take a minute."""

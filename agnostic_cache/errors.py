@@ -115,3 +115,7 @@ class InvalidNamespaceError(AgnosticCacheError, ValueError, TypeError):
 
 class CacheBypassWarning(UserWarning):
     """A call went past the cache, because something that it depends on cannot be put into a key."""
+
+
+class ServerStartError(AgnosticCacheError, RuntimeError):
+    """A server cannot start as asked: the port is taken, a certificate is missing, or anyone could connect to it."""

@@ -91,6 +91,7 @@ class LMSLocalBackend(LMSBackendInterface):
         """Keep entries in `storage`, which is closed with this; None for memory."""
         self.storage = MemoryStorage() if storage is None else storage
         self.blocks = not isinstance(self.storage, SupportsReserve)
+        self._max_bytes = self.storage.stats().max_bytes
 
     def put(self, client_meta: ClientMetaMessage, kv_chunk_bytes: bytearray | bytes | memoryview) -> None:
         """Keep a copy of a body. What does not fit the budget is left out, and the old entry stays.
@@ -152,6 +153,8 @@ class LMSLocalBackend(LMSBackendInterface):
         """
         nbytes = BODY + client_meta.length
         storage = self.storage
+        if self._max_bytes is not None and nbytes > self._max_bytes:
+            return None
         reservation = storage.reserve(nbytes) if isinstance(storage, SupportsReserve) else _Buffer(storage, nbytes)
         return None if reservation is None else Room(reservation, client_meta)
 
@@ -209,7 +212,7 @@ class _Buffer:
         self.buffer = memoryview(b"")
 
 
-def CreateStorageBackend(device: str) -> LMSBackendInterface:  # noqa: N802 - the original's name
+def CreateStorageBackend(device: str) -> LMSLocalBackend:  # noqa: N802 - the original's name
     """Make the backend that a server is asked for.
 
     Args:

@@ -26,7 +26,7 @@ from agnostic_cache.storage.url import StorageURL
 RESERVED_BEYOND: Final = 16 * 1024 * 1024
 """Bytes of reservations that may exceed the budget, so that nobody leaves for what may never come."""
 
-_IDLE_AFTER_RECEIVING = 64 * 1024 * 1024  # within the budget, for the next one: who sends a blob sends more
+_IDLE_AFTER_RECEIVING = 128 * 1024 * 1024  # within the budget, for the next one: who sends a blob sends more
 _IDLE_SHARE = 32  # at most this fraction of what is listed lies idle in the pool, so that what is freed is freed
 
 
