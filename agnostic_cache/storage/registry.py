@@ -23,9 +23,13 @@ class _Own(NamedTuple):
 
 
 _REDIS = _Own("agnostic_cache.storage.redis", "RedisStorage", "redis")
+_LM = _Own("agnostic_cache.storage.lm", "LMStorage")
 _OWN: Mapping[str, _Own] = MappingProxyType({
     "memory": _Own("agnostic_cache.storage.memory", "MemoryStorage"),
     "file": _Own("agnostic_cache.storage.file", "FileStorage"),
+    "lm": _LM,
+    "lm+tls": _LM,
+    "lm+unix": _LM,
     "redis": _REDIS,
     "rediss": _REDIS,
     "redis+cluster": _REDIS,
@@ -45,6 +49,7 @@ def open_storage(url: str, *, strict: bool = False) -> StorageBackend:
     ==================  ======================================================================================
     ``memory://``       ``max_bytes=4GiB evictor=lru``
     ``file:///path``    ``max_bytes`` (none) ``evictor=lru compress`` (none, or ``byteplanes+zstd``) ``sync=false``
+    ``lm://host:port``  ``timeout=1 connections=8``; also ``lm+unix:///path``, and ``lm+tls://`` with ``ca cert key``
     ``redis://``        ``ttl=86400 timeout=0.25``; also ``rediss://``, ``redis+cluster://``, ``redis+unix://``
     ==================  ======================================================================================
 

@@ -3,8 +3,6 @@
 import asyncio
 import socket
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +16,6 @@ MIB = 1024 * 1024
 HASTY = Limits(read_seconds=0.2, min_bytes_per_second=100 * MIB)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        threading.Event().wait(0.005)
-
-
 class TestTime:
     @pytest.mark.parametrize(
         "start", [b"\1", request(PUT)[:185], request(PUT, length=9) + b"part", request(PUT, length=65 * MIB)],
@@ -36,7 +26,7 @@ class TestTime:
             slow.send(start)
             assert slow.is_closed()
             assert other.put(b"body")
-            until(lambda: server.server.connections == 1)
+            server.until(lambda: server.server.connections == 1)
 
     def test_a_client_that_drips_is_disconnected(self) -> None:
         with running(limits=HASTY) as server, server.client() as slow:
@@ -59,7 +49,7 @@ class TestTime:
             assert other.put(bytes(20 * MIB))
             greedy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             greedy.send(request(GET) * 4)
-            until(lambda: server.server.connections == 1)
+            server.until(lambda: server.server.connections == 1)
             assert other.ask(EXIST) == YES
             assert server.backend.storage.stats().deferred_bytes == 0
 
@@ -87,7 +77,7 @@ class TestNumbers:
             assert threading.active_count() < 20
             for one in idle:
                 one.socket.close()
-            until(lambda: server.server.connections == 0)
+            server.until(lambda: server.server.connections == 0)
 
     def test_one_too_many_is_turned_away(self) -> None:
         with running(limits=Limits(max_connections=2)) as server:
@@ -98,7 +88,7 @@ class TestNumbers:
                     assert third.is_closed()
                 assert server.server.turned_away == 1
                 assert first.get() == b"body"
-            until(lambda: server.server.connections == 0)
+            server.until(lambda: server.server.connections == 0)
             with server.client() as fourth:
                 assert fourth.get() == b"body"
 
@@ -139,7 +129,7 @@ class TestBackPressure:
             slow.send(request(PUT, length=40 * MIB))
             assert not other.put(bytes(MIB), b"m@1@0@1@half")
             slow.socket.close()
-            until(lambda: server.server.connections == 1)
+            server.until(lambda: server.server.connections == 1)
             assert other.put(bytes(MIB), b"m@1@0@1@half")
 
 
@@ -148,7 +138,7 @@ class TestStopping:
         with running(f"file://{tmp_path}/data") as server, server.client() as busy, server.client() as idle:
             idle.put(b"body")
             busy.send(request(PUT, length=MIB, key=b"m@1@0@1@half") + bytes(MIB // 2))
-            until(lambda: server.server.connections == 2)
+            server.until(lambda: server.server.connections == 2)
             stopping = threading.Thread(target=server.stop)
             stopping.start()
             assert idle.is_closed()
@@ -162,7 +152,7 @@ class TestStopping:
     def test_what_takes_too_long_is_cut_off(self) -> None:
         with running(limits=Limits(grace_seconds=0.1)) as server, server.client() as slow:
             slow.send(request(PUT, length=9) + b"part")
-            until(lambda: server.server.connections == 1)
+            server.until(lambda: server.server.connections == 1)
             server.stop()
             assert slow.is_closed()
 
@@ -186,14 +176,13 @@ class TestListening:
         path = tmp_path / "socket"
         with running() as server:
             for _ in range(2):  # the second time it is there already, as after a crash
-                asyncio.run_coroutine_threadsafe(server.server.listen_unix(path), server.loop).result(20)
+                server.listen_unix(path)
             assert path.stat().st_mode & 0o777 == 0o600
             with Client(str(path)) as client:
                 assert client.put(b"body")
                 assert client.get() == b"body"
-            missing = server.server.listen_unix(tmp_path / "missing" / "socket")
             with pytest.raises(ServerStartError):
-                asyncio.run_coroutine_threadsafe(missing, server.loop).result(20)
+                server.listen_unix(tmp_path / "missing" / "socket")
 
 
 def test_what_is_done_is_told() -> None:

@@ -4,8 +4,10 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 from agnostic_cache.server.cache_server import CacheServer
@@ -77,8 +79,9 @@ class Client:
 class ServerThread:
     """A server that runs."""
 
-    def __init__(self, url: str, limits: Limits | None = None, **options: Any) -> None:
+    def __init__(self, url: str, limits: Limits | None = None, port: int = 0, **options: Any) -> None:
         self.events: list[dict[str, Any]] = []
+        self._port = port
         self._made = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(url, limits, options),))
         self._thread.start()
@@ -88,7 +91,7 @@ class ServerThread:
         self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         self.backend = CreateStorageBackend(url)
         self.server = CacheServer(self.backend, limits=limits, trace=self._trace, **options)
-        self.address = await self.server.listen("127.0.0.1", 0)
+        self.address = await self.server.listen("127.0.0.1", self._port)
         self._made.set()
         await self._end.wait()
         await self.server.stop()
@@ -100,8 +103,18 @@ class ServerThread:
     def url(self) -> str:
         return "lm://{}:{}".format(*self.address)
 
+    def listen_unix(self, path: Path) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.listen_unix(path), self.loop).result(20)
+
     def client(self) -> Client:
         return Client(self.address)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what must come."""
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end
+            threading.Event().wait(0.005)
 
     def stop(self) -> None:
         if self._thread.is_alive():
