@@ -1,8 +1,8 @@
 """``lm://host:port``, ``lm+tls://``, ``lm+unix:///path``: blobs on a server that speaks the wire of LMCache.
 
 Ours, or LMCache's own. The wire knows keys of one form and 150 bytes: a key is sent as its hash, and with its name
-where there is room. What is sent is an entry with key and checksum, so that nothing else is ever taken for it. A put has no
-answer on this wire; it is followed by the question whether the key is there.
+where there is room. What is sent is an entry with key and checksum, so that nothing else is ever taken for it. A put
+has no answer on this wire; it is followed by the question whether the key is there.
 
 What the wire, or LMCache's server, cannot do: a body has at most 2 GiB; where an entry is to be overwritten and the
 server has no room, the old one stays and the put looks kept; that server lists nothing, and what is removed from it

@@ -61,10 +61,10 @@ class Kinds(NamedTuple):
 
 def kinds_of(model: Any) -> Kinds | None:
     """Say what the layers of a model's dynamic cache keep; None where one of them is not known."""
-    cache = fresh_cache(model)
-    if not all(map(layers.known, cache.layers)):
+    plans = [layers.plan(layer) for layer in fresh_cache(model).layers]
+    if None in plans:
         return None
-    roles = [part.hint.role for layer in cache.layers for part in layers.parts(layer).values()]
+    roles = [part.hint.role for plan in plans if plan is not None for part in plan.parts.values()]
     stride = math.lcm(*(role.stride for role in roles if isinstance(role, TOKENS)))
     return Kinds(any(isinstance(role, WINDOW) for role in roles), SNAPSHOT in roles, stride)
 

@@ -131,7 +131,7 @@ def make(plan: Plan, arrays: Mapping[str, torch.Tensor | None], length: int) -> 
             held[name] = torch.scalar_tensor(number, dtype=torch.long)  # a fifth of torch.tensor's time
     layer.__dict__ = held
     _settle(layer, held, length)
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def rewind(layer: Any) -> None:
