@@ -1,7 +1,7 @@
 """Every check of this project, each in an environment that holds only what it names.
 
-``nox`` runs all but `demo` and `bench`; ``nox -s jax`` runs one of them, ``nox -t tests`` those that run tests. What
-follows ``--`` goes to pytest (``nox -s core -- -k lru``) or to the demo. Pythons, extras and groups are read from
+``nox`` runs all but `demo`, `bench` and `gpu`; ``nox -s jax`` runs one of them, ``nox -t tests`` those that run tests.
+What follows ``--`` goes to pytest (``nox -s core -- -k lru``) or to the demo. Pythons, extras and groups are read from
 pyproject.toml. The sessions install the wheel that this tree builds, so that packaging is tested with everything else.
 """
 
