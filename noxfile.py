@@ -207,6 +207,6 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False, reuse_venv=True)
 def bench(session: nox.Session) -> None:
     """Every figure that the docs give, as a ratio in one run; `-- --benchmark-disable` only checks the results."""
-    install(session, *group("bench"), extras=["transformers", "jax"])
+    install(session, *group("bench"), extras=["transformers", "jax", *STORAGE])
     session.install("--no-compile", "--no-deps", *group("bench-bare"))
     session.run("pytest", "tests/benchmarks", *session.posargs)

@@ -10,8 +10,9 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from redis_server import Server
 
-from agnostic_cache import KVLayout, KVState, wrap
+from agnostic_cache import KVLayout, KVState, open_storage, wrap
 from agnostic_cache.eviction import PutStatus
 from agnostic_cache.state.blob import Blob, encode
 from agnostic_cache.state.dtypes import Dtype
@@ -21,7 +22,7 @@ from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.memory import MemoryStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.benchmarks.conftest import Race, Report
@@ -146,7 +147,7 @@ def test_files(folder: Path, race: Race, report: Report) -> None:
     where = "/dev/shm" if folder.is_relative_to("/dev/shm") else "disk"  # noqa: S108 - as above
     report(f"file:// put on {where}, 32 MiB / write", seconds["put"], seconds["write"], 1 / 0.8)
     report(f"file:// verified get on {where}, 32 MiB / readinto", seconds["get"], seconds["readinto"], 1 / 0.65)
-    assert storage.get("a") == source
+    assert bytes(storage.get("a") or b"") == source
 
 
 def test_restart(tmp_path: Path, race: Race, report: Report, request: pytest.FixtureRequest) -> None:
@@ -164,3 +165,27 @@ def test_restart(tmp_path: Path, race: Race, report: Report, request: pytest.Fix
     report("open a directory of 10,000 entries and hit one", seconds["restart"], None, 2.0)
     with FileStorage(tmp_path) as storage:
         assert len(storage.list_keys()) == count
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+def test_redis(server: Server, race: Race, report: Report) -> None:
+    """Over TCP on this machine; raw is one SET and one GET of as many bytes."""
+    source = bytes(warm(NBYTES))
+    with open_storage(f"{server.url}?timeout=20", strict=True) as storage, server.client() as client:
+        contenders: dict[str, Callable[[], object]] = {
+            "put": lambda: storage.put("a", source),
+            "SET": lambda: client.set("raw", source),
+            "get": lambda: storage.get("a"),
+            "GET": lambda: client.get("raw"),
+        }
+        for contender in contenders.values():
+            contender()
+        seconds = race(contenders, rounds=15)
+        report("redis:// put, 32 MiB / SET of raw bytes", seconds["put"], seconds["SET"], 1 / 0.8)
+        report("redis:// verified get, 32 MiB / GET of raw bytes", seconds["get"], seconds["GET"], 1 / 0.8)
+        assert bytes(storage.get("a") or b"") == source
