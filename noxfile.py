@@ -25,7 +25,7 @@ NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 FRAMEWORKS: list[str] = list(PYPROJECT["project"]["entry-points"]["agnostic_cache.adapters"])
 PYTHONS = nox.project.python_versions(PYPROJECT)
-STORAGE = ["redis", "xxhash", "zstd"]
+STORAGE = ["cli", "redis", "xxhash", "zstd"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
 

@@ -168,6 +168,31 @@ class SupportsGetInto(Protocol):
         ...
 
 
+class EntryFacts(NamedTuple):
+    """What is known of an entry without reading it.
+
+    Attributes:
+        nbytes: Bytes that it takes in the storage.
+        age_seconds: Since it was put, or used last: what its eviction goes by.
+    """
+
+    nbytes: int
+    age_seconds: float
+
+
+@runtime_checkable
+class SupportsDescribe(Protocol):
+    """Telling size and age of an entry without reading it."""
+
+    def describe(self, key: str) -> EntryFacts | None:
+        """Return what is known of an entry, or None where `key` is not there.
+
+        Raises:
+            StorageError: It could not be looked up.
+        """
+        ...
+
+
 @runtime_checkable
 class SupportsAsync(Protocol):
     """Not blocking the event loop."""

@@ -9,6 +9,7 @@ What is acknowledged has reached the kernel: it survives the process. With ``syn
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,15 @@ from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, St
 from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
 from agnostic_cache.eviction.registry import make_evictor
 from agnostic_cache.sizes import parse_size
-from agnostic_cache.storage.backend import Blob, StorageBackend, StorageStats, check_buffer, check_key, copy_into
+from agnostic_cache.storage.backend import (
+    Blob,
+    EntryFacts,
+    StorageBackend,
+    StorageStats,
+    check_buffer,
+    check_key,
+    copy_into,
+)
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.codec import encode
 from agnostic_cache.storage.directory import Directory, Total, name_of
@@ -240,6 +249,16 @@ class FileStorage(StorageBackend):
         name = name_of(key)
         with self._directory.translated("contains"):
             return self._directory.contains(name) and not self._evictor.has_expired(name)
+
+    def describe(self, key: str) -> EntryFacts | None:
+        """See `SupportsDescribe.describe`. The age counts from the last put or get of any process."""
+        check_key(key)
+        self._check_open()
+        with self._directory.translated("describe"), self._directory.opened(name_of(key)) as file:
+            if file is None:
+                return None
+            status = os.fstat(file)
+            return EntryFacts(status.st_size, max(0.0, time.time() - status.st_mtime))
 
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`."""

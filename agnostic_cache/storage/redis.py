@@ -28,7 +28,15 @@ from redis.retry import Retry
 from agnostic_cache.errors import BlobError, StorageError, StorageFullError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.state.safetensors import Parts
-from agnostic_cache.storage.backend import Blob, StorageBackend, StorageStats, check_buffer, check_key, copy_into
+from agnostic_cache.storage.backend import (
+    Blob,
+    EntryFacts,
+    StorageBackend,
+    StorageStats,
+    check_buffer,
+    check_key,
+    copy_into,
+)
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.entry import seal, unseal
 from agnostic_cache.storage.url import StorageURL
@@ -165,6 +173,21 @@ class RedisStorage(StorageBackend):
         """See `StorageBackend.contains`."""
         check_key(key)
         return self.contains_many([key])[0]
+
+    def describe(self, key: str) -> EntryFacts | None:
+        """See `SupportsDescribe.describe`. The age counts from the last put."""
+        self._check_open()
+        name = self._name(key)
+        with self._translated():
+            data, left = self._client.get(name), self._client.pttl(name)
+            if data is None:
+                return None
+            try:
+                record = _Record.of(data)
+            except BlobError:
+                return EntryFacts(len(data), 0.0)
+            last = self._client.strlen(f"{name}:{record.generation}:{record.parts - 1}")
+        return EntryFacts(max(0, record.parts - 1) * _PART + last, max(0.0, (self._ttl - left) / 1000))
 
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`."""

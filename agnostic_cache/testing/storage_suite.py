@@ -23,7 +23,14 @@ import pytest
 from agnostic_cache.errors import CacheCopyError, InvalidKeyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.state.safetensors import Part, Parts
-from agnostic_cache.storage.backend import StorageBackend, SupportsBatch, SupportsGetInto, contains_many, get_many
+from agnostic_cache.storage.backend import (
+    StorageBackend,
+    SupportsBatch,
+    SupportsDescribe,
+    SupportsGetInto,
+    contains_many,
+    get_many,
+)
 
 KEYS = [
     "a",
@@ -153,6 +160,16 @@ class StorageSuite(ABC):
         assert get_many(storage, keys) == [None, *blobs.values(), blobs["key 3"]]
         assert not get_many(storage, [])
         assert not contains_many(storage, [])
+
+    def test_describing(self, storage: StorageBackend) -> None:
+        if not isinstance(storage, SupportsDescribe):
+            return
+        storage.put("a", random.Random(0).randbytes(100_000))  # noqa: S311 - data, not secrets
+        found = storage.describe("a")
+        assert found is not None
+        assert 100_000 <= found.nbytes < 110_000
+        assert 0 <= found.age_seconds < 600
+        assert storage.describe("missing") is None
 
     def test_reading_into_a_buffer(self, storage: StorageBackend) -> None:
         if not isinstance(storage, SupportsGetInto):

@@ -1,0 +1,1 @@
+"""The program ``agnostic-cache``, also ``python -m agnostic_cache.cli``. Needs the extra ``cli``."""
