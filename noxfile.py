@@ -166,7 +166,7 @@ def storage(session: nox.Session) -> None:
 @nox.session(python=[PYTHONS[0], PYTHONS[-1]], tags=["tests"])
 def server(session: nox.Session) -> None:
     """The cache server, on the oldest and the newest asyncio; a million broken headers."""
-    install(session, *group("test"))
+    install(session, *group("server"), extras=["cli", "metrics"])
     session.run("pytest", "tests/server", *session.posargs)
 
 

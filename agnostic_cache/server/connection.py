@@ -85,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
             self.peer = "{}:{}".format(*transport.get_extra_info("peername", ("?", 0))[:2])
             found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._tcp = found if _QUICKACK else None
-        transport.set_write_buffer_limits(high=0)
+        transport.set_write_buffer_limits(high=1, low=0)  # with 0, TLS would pause for ever: nothing is too much
         if self._server.admits(self):
             self._await_request()
         else:

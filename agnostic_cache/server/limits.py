@@ -24,7 +24,7 @@ class Limits:
     min_bytes_per_second: int = 1024 * 1024
     idle_seconds: float | None = None
     grace_seconds: float = 10.0
-    max_waiting_bytes: int = 64 * 1024 * 1024
+    max_waiting_bytes: int = 32 * 1024 * 1024
     threads: int = 8
 
     def seconds_for(self, nbytes: int) -> float:

@@ -6,7 +6,9 @@ their names, and shapes are tuples; torch's are taken.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from agnostic_cache.errors import StorageURLError, WireError
@@ -14,14 +16,18 @@ from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.server.record import BODY, body_of, is_whole, meta_of, prepare, response_of
 from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.host import anonymous_mapping
-from agnostic_cache.storage.backend import Reservation, StorageBackend, SupportsReserve
+from agnostic_cache.storage.backend import Reservation, StorageBackend, StorageStats, SupportsReserve
 from agnostic_cache.storage.guard import GuardedStorage
 from agnostic_cache.storage.memory import MemoryStorage
 from agnostic_cache.storage.registry import open_storage
+from agnostic_cache.storage.tiered import TieredStorage
 from agnostic_cache.storage.url import StorageURL
 from agnostic_cache.wire import CacheEngineKey, ClientMetaMessage, MemoryFormat, parse_cache_key
 
 _CPU: Final = "cpu"
+
+Stats = Callable[[], StorageStats]
+"""Says what a storage holds and did."""
 
 
 @dataclass(slots=True)
@@ -84,6 +90,7 @@ class LMSLocalBackend(LMSBackendInterface):
 
     Attributes:
         storage: Where the entries are, by the text of their keys.
+        tiers: Says what each storage holds and did: one, or those of a `TieredStorage`.
         blocks: Whether a call may wait for a device or a network; a server then makes it from a thread.
     """
 
@@ -91,7 +98,11 @@ class LMSLocalBackend(LMSBackendInterface):
         """Keep entries in `storage`, which is closed with this; None for memory."""
         self.storage = MemoryStorage() if storage is None else storage
         self.blocks = not isinstance(self.storage, SupportsReserve)
-        self._max_bytes = self.storage.stats().max_bytes
+        self.tiers: list[Stats] = [self.storage.stats]
+        if isinstance(self.storage, TieredStorage):
+            self.tiers = [partial(_tier, self.storage, number) for number in range(len(self.storage.tier_stats()))]
+        budgets = [stats().max_bytes for stats in self.tiers]
+        self._max_bytes = None if None in budgets else max(filter(None, budgets))
 
     def put(self, client_meta: ClientMetaMessage, kv_chunk_bytes: bytearray | bytes | memoryview) -> None:
         """Keep a copy of a body. What does not fit the budget is left out, and the old entry stays.
@@ -162,6 +173,10 @@ class LMSLocalBackend(LMSBackendInterface):
         """Return the whole answer to a ``GET`` that hits, header and body in one view of the entry, or None."""
         record = self.storage.get(key.to_string())
         return None if record is None or not is_whole(record) else response_of(record)
+
+
+def _tier(storage: TieredStorage, number: int) -> StorageStats:
+    return storage.tier_stats()[number].storage
 
 
 class Room:

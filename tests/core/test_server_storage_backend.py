@@ -102,7 +102,8 @@ class TestLMSLocalBackend:
 
     def test_what_cannot_be_said_changes_nothing(self, backend: LMSLocalBackend) -> None:
         backend.put(meta(), bytearray(b"twelve bytes"))
-        for changes in ({"dtype": Dtype.INT8}, {"shape": (1, 1, 1, 1, 12)}):
+        wrong: list[dict[str, Any]] = [{"dtype": Dtype.INT8}, {"shape": (1, 1, 1, 1, 12)}]
+        for changes in wrong:
             with pytest.raises(WireError):
                 backend.put(meta(**changes), bytearray(12))
         found = backend.get(key())
