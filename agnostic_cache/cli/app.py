@@ -2,6 +2,8 @@
 
 import typer
 
+from agnostic_cache.cli.doctor import doctor
+from agnostic_cache.cli.inspect import inspect
 from agnostic_cache.cli.serve import serve
 
 app = typer.Typer(
@@ -10,9 +12,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(serve)
-
-
-@app.callback()
-def _commands() -> None:
-    """Make each command a word of its own, though there be one."""
+for command in (serve, inspect, doctor):
+    app.command()(command)

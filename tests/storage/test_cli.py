@@ -3,18 +3,12 @@
 from pathlib import Path
 
 import pytest
-import typer
 from redis_server import Server
 from typer.testing import CliRunner, Result
 
 from agnostic_cache import open_storage
-from agnostic_cache.cli.doctor import doctor
-from agnostic_cache.cli.inspect import inspect
+from agnostic_cache.cli.app import app
 from agnostic_cache.storage.file import FileStorage
-
-app = typer.Typer()
-app.command()(inspect)
-app.command()(doctor)
 
 
 def run(*arguments: str) -> Result:
