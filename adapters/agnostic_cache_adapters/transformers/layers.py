@@ -140,9 +140,9 @@ def rewind(layer: Any) -> None:
         layer.cumulative_length_int = 0
 
 
-def dynamic_layer(keys: torch.Tensor, values: torch.Tensor) -> cache_utils.DynamicLayer:
+def dynamic_layer(keys: torch.Tensor, values: torch.Tensor) -> Any:
     """Make a `DynamicLayer` around keys and values, without its constructor: most layers are of this class."""
-    layer = object.__new__(cache_utils.DynamicLayer)
+    layer: Any = object.__new__(cache_utils.DynamicLayer)
     layer.__dict__ = {
         "keys": keys,
         "values": values,
