@@ -1,15 +1,14 @@
 """Every structure in which Flax programs keep their caches keeps the law of reuse, also in loops that donate."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 from flax import nnx
 from jax_subject import live_bytes
@@ -137,24 +136,15 @@ class Nnx(Attending):
         return found, nnx.state(model, nnx.Cache)
 
 
-class FlaxLaw(ReuseLaw, ABC):
-    make: ClassVar[type[Loop]]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def loop(cls) -> Loop:
-        return cls.make()
-
-
-class TestStructs(FlaxLaw):
+class TestStructs(ReuseLaw):
     make = Structs
 
 
-class TestLinen(FlaxLaw):
+class TestLinen(ReuseLaw):
     make = Linen
 
 
-class TestNnx(FlaxLaw):
+class TestNnx(ReuseLaw):
     make = Nnx
 
     def test_a_kept_state_is_a_snapshot_of_live_variables(self) -> None:

@@ -1,8 +1,6 @@
 """Every structure in which JAX programs keep their caches keeps the law of reuse, also in loops that donate."""
 
 import dataclasses
-from abc import ABC
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -166,16 +164,7 @@ class Sharded(Dicts):
         return closed
 
 
-class WholeLaw(ReuseLaw, ABC):
-    make: ClassVar[Callable[[], TinyLoop]]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def loop(cls) -> TinyLoop:
-        return cls.make()
-
-
-class JaxLaw(WholeLaw, PrefixLaw, ABC):
+class JaxLaw(ReuseLaw, PrefixLaw):
     """Of structures whose layout is known."""
 
 
@@ -218,7 +207,7 @@ class TestRing(JaxLaw):
             wrap(cache)
 
 
-class TestPositions(WholeLaw):
+class TestPositions(ReuseLaw):
     make = Positions
 
 

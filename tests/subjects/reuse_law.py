@@ -2,9 +2,11 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
+
+import pytest
 
 from agnostic_cache import KVLayout, KVState, StateCache, wrap
 
@@ -71,15 +73,17 @@ def bits(state: KVState) -> dict[str, int]:
     return {name: zlib.crc32(leaf.array.memory) for name, leaf in leaves.items()}
 
 
-class ReuseLaw(ABC):
-    """What holds of every structure; a test class inherits it and says which loop."""
+class ReuseLaw:
+    """What holds of every structure; a test class inherits it and says how to make its loop."""
 
+    make: ClassVar[Callable[..., Loop]]
     longest = 11
     suffixes = tuple(prompt(2, seed) for seed in range(1, 11))
 
-    @abstractmethod
-    def loop(self) -> Loop:
-        """Return the loop that is tested: a fixture of the test class."""
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loop(cls) -> Loop:
+        return cls.make()
 
     def lengths(self, loop: Loop) -> Sequence[int]:
         return range(self.longest + 1) if loop.cuts else [self.longest]
