@@ -82,25 +82,31 @@ class BudgetEvictor(BaseEvictor):
         if key is None or self._pending is not None:
             self._settle(cache_dict)
         leaving: list[Any] = []
-        if room is None:
-            if cache_size > self.MAX_CACHE_SIZE:
-                _logger.warning("a put of %d bytes exceeds the maximum of %d", cache_size, self.MAX_CACHE_SIZE)
-                return leaving, PutStatus.ILLEGAL
-            over = self.current_cache_size + cache_size - self._sizes.get(key, 0) - self.MAX_CACHE_SIZE
-            if over > 0:
-                room = SumOfSizes(self, cache_dict, over)
-        if room is not None and room.short():
-            self._choose(cache_dict, room, leaving, key)
-            if room.short():
-                leaving.clear()
-                self._decided(leaving)
-                return leaving, PutStatus.ILLEGAL
-            self._let_go(leaving)
+        sizes, maximum = self._sizes, self.MAX_CACHE_SIZE
+        before = sizes.get(key, 0)
+        if room is not None:
+            enough = not room.short() or self._choose(cache_dict, room, leaving, key)
+        elif cache_size > maximum:
+            _logger.warning("a put of %d bytes exceeds the maximum of %d", cache_size, maximum)
+            return leaving, PutStatus.ILLEGAL
+        else:
+            over = self.current_cache_size + cache_size - before - maximum
+            enough = over <= 0 or self._choose_by_size(cache_dict, over, leaving, key)
+        if not enough:
+            leaving.clear()
+            self._decided(leaving)
+            return leaving, PutStatus.ILLEGAL
+        if leaving:
+            self._decided(leaving)
+            for victim in leaving:
+                self.current_cache_size -= sizes.pop(victim, 0)
         if key is None:
             self._pending = cache_size
             self.current_cache_size += cache_size
         else:
-            self._count(key, cache_size, cost)
+            self.current_cache_size += cache_size - before
+            sizes[key] = cache_size
+            self._enter(key, cache_size, cost)
         return leaving, PutStatus.LEGAL
 
     def evict(self, cache_dict: Entries, *, room: Room | None = None) -> list[Any]:
@@ -108,11 +114,14 @@ class BudgetEvictor(BaseEvictor):
         if self._pending is not None:
             self._settle(cache_dict)
         leaving: list[Any] = []
-        if room is None:
-            room = SumOfSizes(self, cache_dict, self.current_cache_size - self.MAX_CACHE_SIZE)
-        if room.short():
+        over = self.current_cache_size - self.MAX_CACHE_SIZE
+        if room is None and over > 0:
+            self._choose_by_size(cache_dict, over, leaving, None)
+        elif room is not None and room.short():
             self._choose(cache_dict, room, leaving, None)
-            self._let_go(leaving)
+        self._decided(leaving)
+        for victim in leaving:
+            self.current_cache_size -= self._sizes.pop(victim, 0)
         return leaving
 
     def update_on_remove(self, key: Any, cache_dict: Entries | None = None) -> None:
@@ -129,29 +138,33 @@ class BudgetEvictor(BaseEvictor):
             self._settle(cache_dict)
             return
         self.update_on_remove(key)
-        for there, value in cache_dict.items():
-            if there not in self._sizes:
-                self._count(there, self.get_size(value), None)
+        for there in cache_dict:
+            self._learn(there, cache_dict)
 
     # --- choosing and counting ----------------------------------------------------------------------------------------
 
-    def size_of(self, key: Any, cache_dict: Entries) -> int:
-        """Return the bytes that an entry counts for."""
+    def room(self, cache_dict: Entries, cache_size: int = 0, *, key: Any = None) -> Room:
+        """Return the room for a newcomer as this evictor counts it where it is given none: for who wraps a policy."""
+        over = self.current_cache_size + cache_size - self._sizes.get(key, 0) - self.MAX_CACHE_SIZE
+        return _SumOfSizes(self, cache_dict, over)
+
+    def _size_of(self, key: Any, cache_dict: Entries) -> int:
         size = self._sizes.get(key)
         return self.get_size(cache_dict[key]) if size is None else size
 
-    def _choose(self, cache_dict: Entries, room: Room, leaving: list[Any], newcomer: Any) -> None:
-        """Fill `leaving` until the room suffices, or nobody more can leave."""
+    def _choose(self, cache_dict: Entries, room: Room, leaving: list[Any], newcomer: Any) -> bool:
+        """Fill `leaving` until the room suffices; say whether it does."""
         passed = []
-        for key in self._order(cache_dict, leaving):
-            if key == newcomer or key not in cache_dict or getattr(cache_dict[key], "is_pinned", False):
-                continue
-            if not room.let_go(key):
-                passed.append(key)
-                continue
-            leaving.append(key)
-            if not room.short():
-                return
+        for candidates in (self._order, self._strangers):
+            for key in candidates(cache_dict, leaving):
+                if key == newcomer or key not in cache_dict or getattr(cache_dict[key], "is_pinned", False):
+                    continue
+                if not room.let_go(key):
+                    passed.append(key)
+                    continue
+                leaving.append(key)
+                if not room.short():
+                    return True
         # Once more, as long as it changes something: who left may have made others worth leaving.
         again: list[Any] = []
         while len(again) != len(passed):
@@ -162,12 +175,34 @@ class BudgetEvictor(BaseEvictor):
                     continue
                 leaving.append(key)
                 if not room.short():
-                    return
+                    return True
+        return False
 
-    def _let_go(self, leaving: Sequence[Any]) -> None:
-        for key in leaving:
-            self.current_cache_size -= self._sizes.pop(key, 0)
-        self._decided(leaving)
+    def _choose_by_size(self, cache_dict: Entries, over: int, leaving: list[Any], newcomer: Any) -> bool:
+        """Do `_choose` in a `_SumOfSizes`, twice as fast."""
+        sizes = self._sizes
+        for candidates in (self._order, self._strangers):
+            for key in candidates(cache_dict, leaving):
+                if key == newcomer or key not in cache_dict or getattr(cache_dict[key], "is_pinned", False):
+                    continue
+                over -= sizes[key] if key in sizes else self.get_size(cache_dict[key])
+                leaving.append(key)
+                if over <= 0:
+                    return True
+        return False
+
+    def _strangers(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
+        """Yield entries that no put told of, or that a put overtook: known from now on. Nobody stays for ever."""
+        for key in [key for key in cache_dict if key not in self._sizes]:
+            self._learn(key, cache_dict)
+            yield key
+
+    def _learn(self, key: Any, cache_dict: Entries) -> None:
+        """Take in an entry that is there and not known. KeyError where it is not there."""
+        if self._pending is not None:
+            self._settle(cache_dict)
+        if key not in self._sizes:
+            self._count(key, self.get_size(cache_dict[key]), None)
 
     def _settle(self, cache_dict: Entries) -> None:
         """Learn from the dict what became of a put without a key, and what else changed."""
@@ -192,7 +227,7 @@ class BudgetEvictor(BaseEvictor):
         self._enter(key, size, cost)
 
 
-class SumOfSizes:
+class _SumOfSizes:
     """The `Room` of a container whose bytes are the sum of its entries' sizes."""
 
     __slots__ = ("_dict", "_evictor", "over")
@@ -207,5 +242,5 @@ class SumOfSizes:
 
     def let_go(self, key: Any) -> bool:
         """See `Room.let_go`."""
-        self.over -= self._evictor.size_of(key, self._dict)
+        self.over -= self._evictor._size_of(key, self._dict)
         return True

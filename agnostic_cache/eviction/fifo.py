@@ -19,3 +19,6 @@ class FIFOEvictor(BudgetEvictor):
 
     def _order(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
         return iter(cache_dict)
+
+    def _strangers(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
+        return iter(())  # the dict knows everybody

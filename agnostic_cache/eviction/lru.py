@@ -33,3 +33,6 @@ class LRUEvictor(BudgetEvictor):
 
     def _order(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
         return iter(cache_dict)
+
+    def _strangers(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
+        return iter(())  # the dict knows everybody

@@ -1,4 +1,4 @@
-"""The conformance suites, public: a test class of a third party inherits `AdapterSuite` or `StorageSuite`."""
+"""The conformance suites, public: a test class of a third party inherits one of them."""
 
 import pytest
 
@@ -7,8 +7,10 @@ _SUITES = (
     "batch_suite",
     "cache_suite",
     "container_suite",
+    "evictor_suite",
     "ownership_suite",
     "rows_suite",
+    "shelf",
     "storage_suite",
     "template_suite",
 )
@@ -19,6 +21,7 @@ from agnostic_cache.testing.array_suite import ArraySuite  # noqa: E402
 from agnostic_cache.testing.batch_suite import BatchSuite  # noqa: E402
 from agnostic_cache.testing.cache_suite import CacheSuite  # noqa: E402
 from agnostic_cache.testing.container_suite import ContainerSuite  # noqa: E402
+from agnostic_cache.testing.evictor_suite import EvictorSuite  # noqa: E402
 from agnostic_cache.testing.grid import Grid, pattern  # noqa: E402
 from agnostic_cache.testing.ownership_suite import OwnershipSuite  # noqa: E402
 from agnostic_cache.testing.rows_suite import RowsSuite  # noqa: E402
@@ -32,6 +35,7 @@ __all__ = [
     "BatchSuite",
     "CacheSuite",
     "ContainerSuite",
+    "EvictorSuite",
     "Grid",
     "OwnershipSuite",
     "RowsSuite",

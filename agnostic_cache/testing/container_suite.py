@@ -92,7 +92,7 @@ class ContainerSuite(Subject):
 
     @pytest.mark.parametrize("seed", range(20))
     def test_any_nesting_comes_back(self, seed: int) -> None:
-        source = random.Random(seed)  # noqa: S311 - data, not secrets
+        source = random.Random(seed)
         arrays = [self.make((2,), Dtype.INT32, i) for i in range(3)]
         value = [arrays[0], _nesting(source, arrays, 4)]
         state = wrap(value)

@@ -173,7 +173,7 @@ class RowsSuite(Subject):
 
     def test_any_sequence_of_cuts_and_joins_is_a_sequence_of_rows(self) -> None:
         layout = KVLayout({"t": TOKENS(1), "w": WINDOW(0, 3), "cache_index": LENGTH})
-        source = random.Random(0)  # noqa: S311 - data, not secrets
+        source = random.Random(0)
         whole = self.make((1, 12), Dtype.INT8, 0)
         counter = self.adapter.with_counter(self.make((), Dtype.INT32, 0), 12)
         state = wrap({"t": whole, "w": self.make((12, 1), Dtype.INT8, 1), "cache_index": counter}, layout=layout)

@@ -86,7 +86,7 @@ class StorageSuite(ABC):
 
     @pytest.mark.parametrize("size", SIZES)
     def test_what_is_put_comes_back(self, storage: StorageBackend, size: int) -> None:
-        data = random.Random(size).randbytes(size)  # noqa: S311 - data, not secrets
+        data = random.Random(size).randbytes(size)
         parts = Parts([Part("x", "U8", (size,), size, lambda: (memoryview(data),))], {}, algorithm="crc32")
         forms: dict[str, Any] = {
             "bytes": data, "bytearray": bytearray(data), "view": memoryview(data), "parts": parts,
@@ -150,7 +150,7 @@ class StorageSuite(ABC):
     # --- many --------------------------------------------------------------------------------------------------------
 
     def test_a_batch_is_as_one_after_the_other(self, storage: StorageBackend) -> None:
-        blobs = {f"key {i}": random.Random(i).randbytes(i * 5000) for i in range(8)}  # noqa: S311 - data
+        blobs = {f"key {i}": random.Random(i).randbytes(i * 5000) for i in range(8)}
         if isinstance(storage, SupportsBatch):
             assert storage.put_many(blobs) == [PutStatus.LEGAL] * 8
         for key, blob in blobs.items():
@@ -164,7 +164,7 @@ class StorageSuite(ABC):
     def test_describing(self, storage: StorageBackend) -> None:
         if not isinstance(storage, SupportsDescribe):
             return
-        storage.put("a", random.Random(0).randbytes(100_000))  # noqa: S311 - data, not secrets
+        storage.put("a", random.Random(0).randbytes(100_000))
         found = storage.describe("a")
         assert found is not None
         assert 100_000 <= found.nbytes < 110_000
@@ -184,7 +184,7 @@ class StorageSuite(ABC):
                 storage.get_into("a", wrong)
 
     def test_it_does_what_a_dict_does(self, storage: StorageBackend) -> None:
-        source, model = random.Random(0), dict[str, bytes]()  # noqa: S311 - data, not secrets
+        source, model = random.Random(0), dict[str, bytes]()
         for _ in range(300):
             key = source.choice("abcdefgh")
             match source.randrange(5):
@@ -201,7 +201,7 @@ class StorageSuite(ABC):
 
     def test_threads_never_see_a_part(self, storage: StorageBackend) -> None:
         def work(seed: int) -> None:
-            source = random.Random(seed)  # noqa: S311 - data, not secrets
+            source = random.Random(seed)
             for i in range(60):
                 key = source.choice("abc")
                 if i % 3:
