@@ -44,6 +44,16 @@ class Entry:
         self.shares = False
         self.queued = any(map(state.adapter.is_queued, {storage.device for storage in storages}))
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether eviction passes it over."""
+        return bool(self.borrows or self.pins)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its memory, whoever else holds some of it."""
+        return sum(storage.nbytes for storage in self.storages)
+
 
 class Borrow:
     """A lease on one entry, from `StateCache.borrow`: a context manager, used once."""

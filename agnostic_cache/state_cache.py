@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.cache import Cache
-from agnostic_cache.errors import BorrowedError, CacheCopyError, InvalidKeyError, UnknownPolicyError
-from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.errors import BorrowedError, CacheCopyError, InvalidKeyError
+from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.registry import make_evictor
 from agnostic_cache.lease import Borrow, Borrows, Entry, Key
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.state.adapter import Adapter, Storage
@@ -54,6 +55,36 @@ class StateCacheStats(NamedTuple):
     evictions: int
 
 
+class _Room:
+    """The `Room` of a newcomer: limits per device, and memory that entries share."""
+
+    __slots__ = ("_entries", "_gone", "_ledger")
+
+    def __init__(self, ledger: Ledger, entries: Mapping[Key, Entry]) -> None:
+        self._ledger = ledger
+        self._entries = entries
+        self._gone: dict[Entry, None] = {}
+
+    def short(self) -> bool:
+        return bool(self._ledger.over())
+
+    def let_go(self, key: Key) -> bool:
+        entry, over = self._entries[key], self._ledger.over()
+        helps = None in over or any(storage.device in over for storage in entry.storages)
+        if helps:
+            self.count_gone(entry)
+        return helps
+
+    def count_gone(self, entry: Entry) -> None:
+        if entry not in self._gone:
+            self._ledger.drop(entry.storages)
+            self._gone[entry] = None
+
+    def forget(self) -> None:
+        for entry in self._gone:
+            self._ledger.add(entry.storages)
+
+
 _Errors = list[BaseException]
 """What callbacks raised, to be raised when the operation is done."""
 
@@ -82,7 +113,7 @@ class StateCache(Cache):
         self,
         max_bytes: int | str | Mapping[str, int | str],
         *,
-        evictor: str = "lru",
+        evictor: str | BaseEvictor = "adaptive",
         on_evict: Callable[[Any], object] | None = None,
         adapter: Adapter | str | None = None,
         trace: Trace | None = None,
@@ -93,7 +124,8 @@ class StateCache(Cache):
         Args:
             max_bytes: Budget of physical bytes, such as ``"4GiB"``; a mapping gives one per device name, and a device
                 that it does not name has no limit.
-            evictor: Eviction policy by name: ``"lru"``.
+            evictor: Eviction policy, by name (see `agnostic_cache.eviction.POLICIES`) or as an instance that serves no
+                other cache. The default is LRU that learns to keep what comes back again and again.
             on_evict: Called with each native value that leaves (by eviction, `remove`, `clear` or overwriting) once
                 nobody borrows it, instead of the owning adapter's release; the value is then the callback's to free.
                 When it raises, the operation completes, other victims leave too, and the error reaches the caller;
@@ -109,9 +141,9 @@ class StateCache(Cache):
         """
         budgets: Mapping[Any, int | str] = max_bytes if isinstance(max_bytes, Mapping) else {None: max_bytes}
         self._limits: dict[str | None, int] = {device: parse_size(size) for device, size in budgets.items()}
-        if evictor != "lru":
-            msg = f"evictor={evictor!r} is unknown; known: 'lru'"
-            raise UnknownPolicyError(msg)
+        self._evictor = make_evictor(evictor, sum(self._limits.values()))
+        never = type(self._evictor).has_expired is BaseEvictor.has_expired
+        self._has_expired = None if never else self._evictor.has_expired  # a borrow takes 2 us: no call that says no
         self._on_evict = on_evict
         self._adapter = adapter
         self._trace = trace
@@ -124,7 +156,8 @@ class StateCache(Cache):
         # The garbage collector runs finalisers anywhere, also in a thread that holds the lock. What these ask of the
         # cache is put off where nobody waits for an answer (to give back, to remove, to clear), and denied otherwise.
         self._in_finaliser: Callable[[], bool] = getattr(self._lock, "_is_owned")  # noqa: B009 - as threading.Condition
-        self._entries: OrderedDict[Key, Entry] = OrderedDict()  # oldest first
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._evictor.reset()
         self._unlisted: set[Entry] = set()  # left the listing, still borrowed
         self._ledger = Ledger(self._limits)  # holds: one holder per entry of _entries and _unlisted
         self._put_off: deque[tuple[Callable[[StateCache, Any], object], Any]] = deque()  # appended without the lock
@@ -133,7 +166,7 @@ class StateCache(Cache):
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    def put(self, key: Key, value: Any, *, move: bool = False) -> PutStatus:
+    def put(self, key: Key, value: Any, *, move: bool = False, cost: float | None = None) -> PutStatus:
         """Take `value` in under `key`, in place of what is there, and make room for it.
 
         Args:
@@ -141,6 +174,8 @@ class StateCache(Cache):
             value: A native state or a `KVState`. Copied: the cache owns a compact private copy, and the copy is the
                 only extra memory at any time.
             move: Take the value itself instead of a copy; the caller gives it up and must not use it again.
+            cost: What it takes to compute it again, for policies that ask: any unit that all entries share, by default
+                the bytes. For blocks of a prompt, see `agnostic_cache.eviction.recompute_cost`.
 
         Returns:
             ``LEGAL``, or ``ILLEGAL`` where it is larger than the budget or where what could leave is borrowed or
@@ -159,17 +194,24 @@ class StateCache(Cache):
             return PutStatus.ILLEGAL
         errors = self._drain()
         take = self._move_in if move else self._copy_in
-        entry = take(key, state, errors, as_state)
+        entry = take(key, state, errors, as_state, cost)
         if entry is not None and self._trace is not None:
             self._trace("state_cache.put", {"key": key, "nbytes": _nbytes(entry.storages), "moved": move})
         _raise_all(errors)
         return PutStatus.LEGAL if entry is not None else PutStatus.ILLEGAL
 
-    def _move_in(self, key: Key, state: KVState, errors: _Errors, as_state: bool) -> Entry | None:  # noqa: FBT001
+    def _move_in(
+        self,
+        key: Key,
+        state: KVState,
+        errors: _Errors,
+        as_state: bool,  # noqa: FBT001
+        cost: float | None,
+    ) -> Entry | None:
         storages = state.storages()
         with self._lock:
             self._ledger.add(storages)
-            leaving = self._make_room(key)
+            leaving = self._make_room(key, _nbytes(storages), cost)
             if leaving is None:
                 self._ledger.drop(storages)
                 return None
@@ -178,11 +220,18 @@ class StateCache(Cache):
         self._evict(leaving, key, errors)
         return entry
 
-    def _copy_in(self, key: Key, state: KVState, errors: _Errors, as_state: bool) -> Entry | None:  # noqa: FBT001
+    def _copy_in(
+        self,
+        key: Key,
+        state: KVState,
+        errors: _Errors,
+        as_state: bool,  # noqa: FBT001
+        cost: float | None,
+    ) -> Entry | None:
         sizes = state.compact_nbytes().items()
         with self._lock:
             self._ledger.promise(sizes)
-            leaving = self._make_room(key)
+            leaving = self._make_room(key, sum(nbytes for _, nbytes in sizes), cost)
             if leaving is None:
                 self._ledger.settle(sizes)
                 return None
@@ -193,6 +242,7 @@ class StateCache(Cache):
         except BaseException as error:  # noqa: BLE001 - also an interrupt; raised with what callbacks raised
             with self._lock:
                 self._ledger.settle(sizes)
+                self._evictor.rollback(self._entries, key=key)
             errors.append(error)
             return None
         with self._lock:
@@ -208,38 +258,28 @@ class StateCache(Cache):
         self._entries[entry.key] = entry
         self._puts += 1
 
-    def _make_room(self, key: Key) -> list[Entry] | None:
+    def _make_room(self, key: Key, nbytes: int, cost: float | None) -> list[Entry] | None:
         """Unlist what must leave so that the budget holds, the entry under `key` first; None where it cannot.
 
         The newcomer is already counted. Decides first, then acts, so that a refusal changes nothing.
         """
-        old, ledger = self._entries.get(key), self._ledger
-        if old is None and not ledger.over():
-            return []
-        chosen: dict[Entry, bool] = {}  # who leaves, and whether that takes it off the ledger
-        if old is not None:
-            chosen[old] = not old.borrows
-            if not old.borrows:
-                ledger.drop(old.storages)
-        for device in ledger.over():
-            for entry in self._entries.values():
-                if ledger.excess(device) <= 0:
-                    break
-                if entry.borrows or entry.pins or entry in chosen:
-                    continue
-                if device is not None and all(storage.device != device for storage in entry.storages):
-                    continue
-                ledger.drop(entry.storages)
-                chosen[entry] = True
-        fits = not ledger.over()
-        for entry, dropped in chosen.items():  # _unlist drops them again, and says what is to be freed
-            if dropped:
-                ledger.add(entry.storages)
+        old = self._entries.get(key)
+        room = _Room(self._ledger, self._entries)
+        if old is not None and not old.borrows:
+            room.count_gone(old)
+        victims, status = self._evictor.update_on_put(self._entries, nbytes, key=key, cost=cost, room=room)
+        chosen = [self._entries[victim] for victim in victims]
+        for entry in chosen:
+            room.count_gone(entry)
+        fits = status is PutStatus.LEGAL and not room.short()
+        room.forget()  # _unlist drops them again, and says what is to be freed
         if not fits:
+            if status is PutStatus.LEGAL:
+                self._evictor.rollback(self._entries, key=key)
             self._refused += 1
             return None
-        self._evictions += len(chosen) - (old is not None)
-        return [left for entry in chosen for left in self._unlist(entry.key)]
+        self._evictions += len(chosen)
+        return [left for entry in (old, *chosen) if entry is not None for left in self._unlist(entry.key)]
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -270,11 +310,15 @@ class StateCache(Cache):
         """
         return Borrow(self, key, raw)
 
-    def borrow_all(self, keys: Sequence[Key]) -> Borrows:
+    def borrow_all(self, keys: Sequence[Key], *, use: bool = True) -> Borrows:
         """Lend what is under the first keys, up to the first that is not there, as raw `KVState`s.
 
         For entries that only make sense one after another: the last key becomes newer first and the first key last, so
         that what the others hang on leaves last. ``debug=True`` does not watch these leases.
+
+        Args:
+            keys: The keys.
+            use: Whether this counts as a use of the entries; without it they are only kept from leaving.
         """
         if self._in_finaliser():
             return Borrows(self, [])
@@ -285,13 +329,13 @@ class StateCache(Cache):
         with self._lock:
             for key in keys:
                 entry = self._entries.get(key)
-                if entry is None:
+                if entry is None or (self._has_expired and self._has_expired(key)):
                     self._misses += 1
                     break
                 entry.borrows += 1
                 found.append(entry)
-            for entry in reversed(found):
-                self._entries.move_to_end(entry.key)
+            for entry in reversed(found if use else ()):
+                self._evictor.update_on_get(entry.key, self._entries)
             self._hits += len(found)
         return lease
 
@@ -307,13 +351,14 @@ class StateCache(Cache):
         _raise_all(self._drain())
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
+            if entry is None or (self._has_expired and self._has_expired(key)):
                 self._misses += 1
                 return None
             if entry.borrows:
                 msg = f"pop({key!r}): {entry.borrows} borrow(s) are open; close them first, or use remove()"
                 raise BorrowedError(msg)
             del self._entries[key]
+            self._evictor.update_on_remove(key, self._entries)
             entry.listed = False
             alone = self._ledger.drop(entry.storages)
             entry.shares = len(alone) < len(entry.storages)
@@ -335,7 +380,7 @@ class StateCache(Cache):
         errors = self._drain()
         with self._lock:
             found = key in self._entries
-            leaving = self._unlist(key)
+            leaving = self._remove(key)
         self._free(leaving, errors)
         _raise_all(errors)
         return found
@@ -347,7 +392,7 @@ class StateCache(Cache):
             return
         errors = self._drain()
         with self._lock:
-            leaving = [entry for key in list(self._entries) for entry in self._unlist(key)]
+            leaving = [entry for key in list(self._entries) for entry in self._remove(key)]
         self._free(leaving, errors)
         _raise_all(errors)
 
@@ -358,7 +403,7 @@ class StateCache(Cache):
         _check_key(key)
         _raise_all(self._drain())
         with self._lock:
-            return key in self._entries
+            return key in self._entries and not (self._has_expired and self._has_expired(key))
 
     def pin(self, key: Key) -> bool:
         """Keep the entry from being evicted until as many `unpin`. Returns whether it is there."""
@@ -412,13 +457,15 @@ class StateCache(Cache):
             _raise_all(self._drain())
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
-                self._misses += 1
-                return None
-            self._entries.move_to_end(key)
-            entry.borrows += 1
-            self._hits += 1
-            return entry
+            if entry is not None and not (self._has_expired and self._has_expired(key)):
+                self._evictor.update_on_get(key, self._entries)
+                entry.borrows += 1
+                self._hits += 1
+                return entry
+            self._misses += 1
+        if entry is not None:
+            self._expire(entry)
+        return None
 
     def _give_back(self, entry: Entry) -> None:
         if self._in_finaliser():
@@ -484,6 +531,19 @@ class StateCache(Cache):
         self._count_leaving(entry)
         return [entry]
 
+    def _remove(self, key: Key) -> list[Entry]:
+        """Do `_unlist`, and tell the evictor, who did not ask for it. The lock is held."""
+        self._evictor.update_on_remove(key, self._entries)
+        return self._unlist(key)
+
+    def _expire(self, entry: Entry) -> None:
+        """Unlist and free an entry that is too old, unless another has taken its place."""
+        errors: _Errors = []
+        with self._lock:
+            leaving = self._remove(entry.key) if entry.listed else []
+        self._free(leaving, errors)
+        _raise_all(errors)
+
     def _drop(self, entry: Entry) -> None:
         """Unlist an entry that is borrowed, unless another has taken its place."""
         if self._in_finaliser():
@@ -491,7 +551,7 @@ class StateCache(Cache):
             return
         with self._lock:
             if entry.listed:
-                self._unlist(entry.key)
+                self._remove(entry.key)
 
     def _count_leaving(self, entry: Entry) -> None:
         """Move the bytes that only this entry holds from the ledger to what is being freed. The lock is held."""

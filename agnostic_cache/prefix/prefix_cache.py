@@ -20,7 +20,8 @@ from agnostic_cache.errors import (
     InvalidSizeError,
     LengthMismatchError,
 )
-from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.gdsf import recompute_cost
 from agnostic_cache.fingerprint import PREFIX
 from agnostic_cache.lease import Borrows
 from agnostic_cache.prefix.chain import TOKEN_BYTES, encode, next_key, root_key
@@ -93,7 +94,7 @@ class PrefixCache:
         salt: bytes = b"",
         block_size: int = 256,
         layout: KVLayout | None = None,
-        evictor: Any = "lru",
+        evictor: str | BaseEvictor = "adaptive",
         storage: None = None,
         exact: bool = False,
         ttl_seconds: float | None = None,
@@ -300,12 +301,13 @@ class PrefixCache:
         blocks = self._plan(data, held, count, root, deadline)
         keys = [block.key for block in blocks]
         self._flights.spread(keys)
-        leases = [self._states.borrow_all(keys)]  # what the new ones hang on does not leave to make room for them
+        leases = [self._states.borrow_all(keys, use=False)]  # what the new ones hang on does not leave to make room
         try:
             made = self._insert_blocks(blocks, held, leases)
             complete = all(map(self._states.contains, keys[-1:])) and count == held.length and not held.missing
             if blocks[-1].snapshots and complete and not self._states.contains(keys[-1] + _SNAPSHOT):
-                self._states.put(keys[-1] + _SNAPSHOT, held.cut(count, count), move=True)
+                cost = recompute_cost(0, count)
+                self._states.put(keys[-1] + _SNAPSHOT, held.cut(count, count), move=True, cost=cost)
         finally:
             for lease in leases:
                 lease.close()
@@ -333,7 +335,7 @@ class PrefixCache:
         for i, block in enumerate(blocks):
             known = self._index.get(block.key)
             if i >= there and known is not None:  # an orphan, maybe: its parent had left before it
-                orphan = self._states.borrow_all([block.key])
+                orphan = self._states.borrow_all([block.key], use=False)
                 leases.append(orphan)
                 known = known if len(orphan) else None
             if known is not None and known.tokens == block.tokens and not block.adds_to(known):
@@ -342,13 +344,14 @@ class PrefixCache:
             if block.length < self.block_size and self._is_covered(block):
                 continue
             start = i * self.block_size
-            piece = rows.cut(start, start + block.length)
-            if self._states.put(block.key, piece, move=True) is not PutStatus.LEGAL:
+            stop = start + block.length
+            piece, cost = rows.cut(start, stop), recompute_cost(start, stop)
+            if self._states.put(block.key, piece, move=True, cost=cost) is not PutStatus.LEGAL:
                 break  # what hangs on it would never be found
             with self._lock:
                 self._index.add(block)
                 self._inserted_tokens += block.length
-            leases.append(self._states.borrow_all([block.key]))
+            leases.append(self._states.borrow_all([block.key], use=False))
             made += 1
             self._drop_covered(block)
         return made

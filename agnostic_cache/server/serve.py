@@ -157,7 +157,7 @@ def _monitor(config: ServeConfig, backend: LMSLocalBackend, stack: ExitStack) ->
         raise MissingExtraError(msg) from error
     metrics = made.Metrics()
     for name, tier, stats in zip(_names(config.tiers), config.tiers, backend.tiers, strict=True):
-        policy = StorageURL.parse(tier).options.get("evictor", "lru") if "://" in tier else "lru"
+        policy = StorageURL.parse(tier).options.get("evictor", "adaptive") if "://" in tier else "adaptive"
         metrics.watch(name, policy, stats)
     loop = asyncio.get_running_loop()
 

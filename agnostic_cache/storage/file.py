@@ -73,7 +73,7 @@ class FileStorage(StorageBackend):
         path: str | Path,
         max_bytes: int | str | None = None,
         *,
-        evictor: str | BaseEvictor = "lru",
+        evictor: str | BaseEvictor = "adaptive",
         compress: str = "",
         sync: bool = False,
     ) -> None:
@@ -117,13 +117,13 @@ class FileStorage(StorageBackend):
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Make one for ``file:///path?max_bytes=100GiB&evictor=lru&compress=byteplanes%2Bzstd&sync=true``."""
+        """Make one for ``file:///path?max_bytes=100GiB&evictor=adaptive&compress=byteplanes%2Bzstd&sync=true``."""
         parsed = StorageURL.parse(url)
         if parsed.netloc not in {"", "localhost"} or not parsed.path.startswith("/") or "\x00" in parsed.path:
             msg = f"file://{parsed.netloc}{parsed.path} names no directory of this machine; write file:///path"
             raise StorageURLError(msg)
         max_bytes = parsed.text("max_bytes") or None
-        policy, sync = parsed.text("evictor", "lru"), parsed.switch("sync", default=False)
+        policy, sync = parsed.text("evictor", "adaptive"), parsed.switch("sync", default=False)
         compress = parsed.text("compress").replace(" ", "+")  # in a query, a plus is a space
         parsed.check_used()
         return cls(parsed.path, max_bytes, evictor=policy, compress=compress, sync=sync)

@@ -113,7 +113,7 @@ class MemoryStorage(StorageBackend):
     any time, what is being copied included.
     """
 
-    def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor = "lru") -> None:
+    def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor = "adaptive") -> None:
         """Make an empty storage.
 
         Args:
@@ -138,9 +138,9 @@ class MemoryStorage(StorageBackend):
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Make one for ``memory://?max_bytes=4GiB&evictor=lru``."""
+        """Make one for ``memory://?max_bytes=4GiB&evictor=adaptive``."""
         parsed = StorageURL.parse(url)
-        storage = cls(parsed.text("max_bytes", "4GiB"), evictor=parsed.text("evictor", "lru"))
+        storage = cls(parsed.text("max_bytes", "4GiB"), evictor=parsed.text("evictor", "adaptive"))
         parsed.check_used()
         return storage
 

@@ -47,8 +47,8 @@ def open_storage(url: str, *, strict: bool = False) -> StorageBackend:
     ==================  ======================================================================================
     URL                 options, with what they are by default
     ==================  ======================================================================================
-    ``memory://``       ``max_bytes=4GiB evictor=lru``
-    ``file:///path``    ``max_bytes`` (none) ``evictor=lru compress`` (none, or ``byteplanes+zstd``) ``sync=false``
+    ``memory://``       ``max_bytes=4GiB evictor=adaptive``
+    ``file:///path``    ``max_bytes`` (none) ``evictor=adaptive compress`` (none, or ``byteplanes+zstd``) ``sync=false``
     ``lm://host:port``  ``timeout=1 connections=8``; also ``lm+unix:///path``, and ``lm+tls://`` with ``ca cert key``
     ``redis://``        ``ttl=86400 timeout=0.25``; also ``rediss://``, ``redis+cluster://``, ``redis+unix://``
     ==================  ======================================================================================

@@ -37,7 +37,7 @@ def test_a_budget_that_is_no_size_is_refused(max_bytes: Any) -> None:
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(UnknownPolicyError):
-        StateCache(64, evictor="fifo")
+        StateCache(64, evictor="unheard of")
 
 
 # --- in and out ------------------------------------------------------------------------------------------------------
