@@ -67,7 +67,8 @@ def test(session: nox.Session, room: str, *adapters: str) -> None:
     modules = [f"agnostic_cache_adapters.{adapter}" for adapter in adapters] or ["agnostic_cache"]
     session.run("python", "-P", "-c", f"import {', '.join(modules)}")
     facts = map(str, Path("tests/facts").glob(f"test_{room}_facts.py"))
-    session.run("pytest", f"tests/{room}", *facts, "--doctest-modules", "--pyargs", *modules, *session.posargs)
+    doctests = ["--doctest-modules", "--ignore-glob=*/agnostic_cache/cli/*"]  # cli needs an extra: session `replay`
+    session.run("pytest", f"tests/{room}", *facts, *doctests, "--pyargs", *modules, *session.posargs)
 
 
 @nox.session(tags=["checks"])
@@ -185,6 +186,13 @@ def gpu(session: nox.Session) -> None:
     test(session, "gpu", "torch", "jax")
 
 
+@nox.session(tags=["tests"])
+def replay(session: nox.Session) -> None:
+    """The replay of traces, as a program; policies against libCacheSim."""
+    install(session, *group("replay"), extras=["plot"])
+    session.run("pytest", "tests/replay", "--doctest-modules", "--pyargs", "agnostic_cache.cli", *session.posargs)
+
+
 @nox.session(python=PYTHONS[0], tags=["tests"])
 def minimums(session: nox.Session) -> None:
     """The lowest versions that the extras promise."""
@@ -194,6 +202,7 @@ def minimums(session: nox.Session) -> None:
     for framework in FRAMEWORKS:
         test(session, framework, framework)
     test(session, "interop", *FRAMEWORKS)
+    session.run("pytest", "tests/replay/test_cli.py")
 
 
 @nox.session(default=False, reuse_venv=True)

@@ -73,6 +73,10 @@ class UnknownPolicyError(AgnosticCacheError, ValueError):
     """An eviction policy is asked for by a name that the house does not have."""
 
 
+class TraceFormatError(AgnosticCacheError, ValueError):
+    """A line of a request trace does not parse; names the file and the line."""
+
+
 class MissingAdapterError(AgnosticCacheError, ImportError):
     """An adapter is asked for by name and its framework, or the adapter itself, is not installed."""
 

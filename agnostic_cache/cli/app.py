@@ -4,6 +4,7 @@ import typer
 
 from agnostic_cache.cli.doctor import doctor
 from agnostic_cache.cli.inspect import inspect
+from agnostic_cache.cli.replay import replay
 from agnostic_cache.cli.serve import serve
 
 app = typer.Typer(
@@ -12,5 +13,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, inspect, doctor):
+for command in (serve, replay, inspect, doctor):
     app.command()(command)
