@@ -295,34 +295,42 @@ def _spans(
 
 def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int) -> Array:
     """An array for a container that has room for one: shared where it never writes in place, else a copy."""
+    arrays = [piece.leaf.array for piece in pieces]
+    shapes = adapter.check_all(arrays)
     rows = [
-        adapter.describe(leaf.array).shape[leaf.role.axis] if isinstance(leaf.role, TOKENS | WINDOW) else 0
-        for leaf in (piece.leaf for piece in pieces)
+        shape[piece.leaf.role.axis] if isinstance(piece.leaf.role, TOKENS | WINDOW) else 0
+        for piece, shape in zip(pieces, shapes, strict=True)
     ]
     frozen = slot.hint is not None and slot.hint.frozen
     views: list[Array] = []
     axis: int | None = None
-    for piece, span in zip(pieces, _spans(slot.path, pieces, slot, rows, None, length), strict=True):
+    spans = _spans(slot.path, pieces, slot, rows, None, length)
+    for piece, array, count, span in zip(pieces, arrays, rows, spans, strict=True):
         if span is None:
             continue
         leaf, layer = piece.leaf, piece.source_layer
-        held = [axis for axis in leaf.axes if layer is None or axis != "layers"]
+        held = leaf.axes if layer is None else tuple(axis for axis in leaf.axes if axis != "layers")
         # A snapshot is taken as it is: a container that has none yet cannot say of what shape it will be.
-        axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else tuple(held)
+        axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else held
         if sorted(axes) != sorted(held):
             msg = (
                 f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "
                 "the layout"
             )
             raise StructureMismatchError(msg)
+        frozen = frozen and piece.owner.shareable(leaf)
+        token_axis = leaf.role.axis if isinstance(leaf.role, TOKENS | WINDOW) else None
+        if token_axis is not None:
+            axis = axes.index(leaf.axes[token_axis])
+        if axes == leaf.axes and (token_axis is None or span[0] == slice(0, count)):
+            views.append(array)  # as it is
+            continue
         index: list[int | slice] = [slice(None)] * len(leaf.axes)
-        if isinstance(leaf.role, TOKENS | WINDOW):
-            axis = axes.index(leaf.axes[leaf.role.axis])
-            index[leaf.role.axis] = span[0]
+        if token_axis is not None:
+            index[token_axis] = span[0]
         if layer is not None:
             index[leaf.axes.index("layers")] = layer
-        views.append(adapter.view(leaf.array, tuple(index), tuple(held.index(axis) for axis in axes)))
-        frozen = frozen and piece.owner.shareable(leaf)
+        views.append(adapter.view(array, tuple(index), tuple(held.index(axis) for axis in axes)))
     if frozen:
         for piece in pieces:
             piece.owner.share()

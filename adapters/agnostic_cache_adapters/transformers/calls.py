@@ -33,6 +33,9 @@ _KEYED = {"position_ids", "token_type_ids", "mm_token_type_ids", *MULTIMODAL_INP
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
+UNKNOWN_KIND = "a cache of a kind that is not known"
+
+
 class Prompts(NamedTuple):
     """The tokens of a call.
 
@@ -61,10 +64,14 @@ class Kinds(NamedTuple):
 
 def kinds_of(model: Any) -> Kinds | None:
     """Say what the layers of a model's dynamic cache keep; None where one of them is not known."""
+    if not model._supports_default_dynamic_cache():  # noqa: SLF001 - what generate asks
+        return None
     plans = [layers.plan(layer) for layer in fresh_cache(model).layers]
     if None in plans:
         return None
-    roles = [part.hint.role for plan in plans if plan is not None for part in plan.parts.values()]
+    # Plans are made once per kind of layer: most layers have the same.
+    different = {id(plan): plan for plan in plans if plan is not None}.values()
+    roles = [part.hint.role for plan in different for part in plan.parts.values()]
     stride = math.lcm(*(role.stride for role in roles if isinstance(role, TOKENS)))
     return Kinds(any(isinstance(role, WINDOW) for role in roles), SNAPSHOT in roles, stride)
 
@@ -112,8 +119,6 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return f"argument {', '.join(unknown)}"
     if any(name in inputs for name in _KEYED) and hasattr(getattr(model, "model", model), "rope_deltas"):
         return "positions depend on images"
-    if not model._supports_default_dynamic_cache() or kinds_of(model) is None:  # noqa: SLF001 - what generate asks
-        return "a cache of a kind that is not known"
     return None
 
 
@@ -179,12 +184,23 @@ def has_placeholders(model: Any, tokens: list[int]) -> bool:
 
 
 def _stamp(model: Any) -> tuple[object, ...]:
-    """What changes whenever weights may have: in-place updates, other tensors, adapters."""
-    tensors = [*model.parameters(), *model.buffers()]
-    versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)  # noqa: SLF001
-    places = tuple(tensor.data_ptr() for tensor in tensors)
+    """What changes whenever weights may have: in-place updates, other tensors, adapters.
+
+    Walks the modules by hand: ``parameters()`` and its kin take ten times as long, on each call.
+    """
+    tensors: list[torch.Tensor] = []
+    adapted = False
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        tensors += [tensor for tensor in module._parameters.values() if tensor is not None]  # noqa: SLF001
+        tensors += [tensor for tensor in module._buffers.values() if tensor is not None]  # noqa: SLF001
+        adapted = adapted or "active_adapters" in vars(module) or hasattr(type(module), "active_adapters")
+        waiting += module._modules.values()  # noqa: SLF001
+    versions = hash(tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors]))  # noqa: SLF001
+    places = hash(tuple([tensor.data_ptr() for tensor in tensors]))
     attention = getattr(model.config, "_attn_implementation", None)
-    return hash(versions), hash(places), str(active_adapters(model)), str(attention)
+    return versions, places, str(active_adapters(model)) if adapted else "", str(attention)
 
 
 def _says_nothing(name: str, value: Any) -> bool:

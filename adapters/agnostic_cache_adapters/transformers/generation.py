@@ -176,9 +176,10 @@ class _Plan:
         """Plan a call; None, with a warning, where it goes past the cache."""
         reason = calls.reason_to_bypass(model, config, asked)
         prompts = None if reason else calls.prompts_of(asked["input_ids"], mask)
-        kinds = calls.kinds_of(model)
+        kinds = None if reason else calls.kinds_of(model)
         if prompts is None or kinds is None:
-            use.cache.bypass(reason or "a mask that is not zeros and then ones")
+            unclear = "a mask that is not zeros and then ones" if prompts is None else calls.UNKNOWN_KIND
+            use.cache.bypass(reason or unclear)
             return None
         if use.cache.block_size % kinds.stride:
             use.cache.bypass(f"block_size={use.cache.block_size} is no multiple of {kinds.stride} tokens per row")

@@ -54,9 +54,9 @@ def scores(
     ids = torch.tensor([tokens], device=model.device)
     config = model._prepare_generation_config(None)[0]  # noqa: SLF001 - what generate asks
     reason = calls.reason_to_bypass(model, config, {"input_ids": ids})
-    kinds = calls.kinds_of(model)
-    if reason is not None or kinds is None or cache.block_size % kinds.stride:
-        cache.bypass(reason or "a cache of a kind that is not known, or blocks that cut its rows")
+    kinds = None if reason else calls.kinds_of(model)
+    if kinds is None or cache.block_size % kinds.stride:
+        cache.bypass(reason or f"{calls.UNKNOWN_KIND}, or blocks that cut its rows")
         return [_score(model, tokens, list(one), None) for one in continuations]
     use = prefill.Use(cache, calls.context_of(model, cache, {}))
     found = []

@@ -1,0 +1,175 @@
+"""PrefixCache: what a look-up, an insert and a warm start cost, each against the memory traffic that it must have."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from agnostic_cache import KVLayout, PrefixCache, model_fingerprint
+from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.state.host import HostArray
+from agnostic_cache.state.layout import TOKENS
+from agnostic_cache_adapters.transformers import generate
+
+if TYPE_CHECKING:
+    from tests.benchmarks.conftest import Race, Report
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+PREFIX = 2048
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, list[int], DynamicCache]:
+    """SmolLM2, a document of 2,048 tokens and text to go on with, and the state of the document."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import smollm2  # noqa: PLC0415 - an example, found by its path
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model, tokenizer = smollm2.load_torch()
+    tokens = smollm2.document(tokenizer, PREFIX + 128)
+    state = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.tensor([tokens[:PREFIX]]), past_key_values=state, logits_to_keep=1)
+    return model, tokens, state
+
+
+@pytest.mark.parametrize(("kind", "target"), [("numpy", 2e-3), ("list", 3e-3)])
+def test_match_of_131072_tokens(kind: str, target: float, race: Race, report: Report) -> None:
+    tokens = np.arange(131_072) % 50_000
+    layout = KVLayout({"key": TOKENS(0)})
+    cache = PrefixCache("1GiB", namespace="m", layout=layout)
+    cache.insert(tokens, {"key": HostArray.empty((len(tokens), 1), Dtype.FLOAT16)})
+    asked: Any = tokens if kind == "numpy" else tokens.tolist()
+
+    def match() -> int:
+        with cache.match(asked) as found:
+            return found.length
+
+    assert match() == len(tokens) - 1
+    seconds = race({"ours": match}, rounds=40)
+    report(f"match of 131,072 tokens from a {kind}", seconds["ours"], None, target)
+
+
+@pytest.mark.parametrize("new", [8, 32, 128])
+def test_warm_time_to_first_token(
+    new: int, demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
+) -> None:
+    model, tokens, state = demo
+    cache = PrefixCache("4GiB", namespace=model_fingerprint(model))
+    cache.insert(tokens[:PREFIX], state)
+    prompt = torch.tensor([tokens[: PREFIX + new]])
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 1, "do_sample": False}
+
+    @torch.inference_mode()
+    def by_cache() -> int:
+        # Stores nothing: else the second round would find its own prompt.
+        return int(generate(model, cache, prompt, write=False, **settings)[0, -1])
+
+    @torch.inference_mode()
+    def by_hand() -> int:
+        fork = copy.copy(state)
+        fork.layers = [copy.copy(layer) for layer in state.layers]
+        return int(model.generate(prompt, past_key_values=fork, **settings)[0, -1])
+
+    @torch.inference_mode()
+    def by_recipe() -> int:
+        return int(model.generate(prompt, past_key_values=copy.deepcopy(state), **settings)[0, -1])
+
+    assert by_cache() == by_hand() == by_recipe()
+    assert cache.stats().hit_tokens == PREFIX
+    seconds = race({"ours": by_cache, "fork": by_hand, "recipe": by_recipe}, rounds=11)
+    report(f"generate, {new} new tokens, against a fork by hand", seconds["ours"], seconds["fork"], 1.05)
+    report(f"generate, {new} new tokens, against copy.deepcopy", seconds["ours"], seconds["recipe"], 1.0)
+
+
+def test_insert_after_a_cold_prefill(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
+    _, tokens, state = demo
+    cache = PrefixCache("4GiB", namespace="m")
+    sources = [rows.numpy() for layer in state.layers for rows in (layer.keys, layer.values)]  # type: ignore[union-attr]
+
+    def insert() -> int:
+        return cache.insert(tokens[:PREFIX], state)
+
+    def copied() -> int:
+        return len([np.copy(source) for source in sources])
+
+    assert insert() == math.ceil(PREFIX / cache.block_size)
+    assert insert() == 0
+    seconds = race({"ours": insert, "peer": copied}, rounds=11, before=cache.clear)
+    report("insert of 94 MB, against np.copy", seconds["ours"], seconds["peer"], 1.3)
+    insert()
+    assert insert() == 0
+
+
+def test_insert_of_what_is_stored(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
+    _, tokens, state = demo
+    cache = PrefixCache("4GiB", namespace="m")
+    cache.insert(tokens[:PREFIX], state)
+
+    def insert() -> int:
+        return cache.insert(tokens[:PREFIX], state)
+
+    assert insert() == 0
+    report("insert of 2,048 tokens that are stored", race({"ours": insert}, rounds=40)["ours"], None, 1e-3)
+
+
+def test_what_a_fingerprint_takes(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
+    model = demo[0]
+    name = model_fingerprint(model)
+    seconds = race({"ours": lambda: model_fingerprint(model)}, rounds=11)
+    report("model_fingerprint of 135M parameters", seconds["ours"], None, 50e-3)
+    assert model_fingerprint(model) == name
+
+
+def test_bytes_of_prompts_that_share_a_prefix(
+    demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
+) -> None:
+    _, tokens, state = demo
+    cache = PrefixCache("4GiB", namespace="m")
+    assert cache.insert(tokens[:PREFIX], state) == PREFIX // cache.block_size
+    prefix = cache.stats().current_bytes
+    row = prefix // PREFIX
+    race({"ours": cache.stats}, rounds=1)
+    for i in range(100):
+        longer = copy.copy(state)
+        longer.layers = [copy.copy(layer) for layer in state.layers]
+        for layer in longer.layers:
+            new = layer.keys[:, :, :16], layer.values[:, :, :16]  # type: ignore[union-attr, index]
+            layer.update(*new)  # type: ignore[union-attr]
+        cache.insert([*tokens[:PREFIX], *range(i, i + 16)], longer)
+    expected = prefix + 100 * 16 * row
+    assert cache.stats().current_bytes <= 1.1 * expected
+    report("100 tails on one prefix, against their bytes", cache.stats().current_bytes, expected, 1.1, unit="B")
+
+
+def test_a_batch_of_questions_on_one_document(
+    demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
+) -> None:
+    model, tokens, _ = demo
+    rows = [tokens[:PREFIX] + tokens[i : i + 8 + i] for i in range(8)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def ours() -> list[int]:
+        cache = PrefixCache("4GiB", namespace="m")
+        return list(generate(model, cache, ids, **settings)[:, -1].tolist())
+
+    @torch.inference_mode()
+    def peer() -> list[int]:
+        return list(model.generate(ids, **settings)[:, -1].tolist())
+
+    assert ours() == peer()
+    seconds = race({"ours": ours, "peer": peer}, rounds=2)
+    report("a batch of 8 questions, nothing stored before", seconds["ours"], seconds["peer"], 1 / 5)
