@@ -1,23 +1,24 @@
-"""A Hugging Face backend that computes a document once, however many questions follow."""
+"""A Hugging Face backend that computes no prompt twice, whatever its prompts share."""
 
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from agnostic_cache import StateCache
-
-cache = StateCache("4GiB")
+from agnostic_cache import PrefixCache, model_fingerprint
+from agnostic_cache_adapters.transformers import generate
 
 
-@torch.inference_mode()
-def answer(model: Any, document: list[int], question: list[int], new_tokens: int = 16) -> list[int]:
-    """Continue the token ids `document` + `question` greedily; return the new ids."""
-    state = cache.get(tuple(document))  # a fork: grows as it likes, the entry never changes
-    if state is None:
-        state = DynamicCache(config=model.config)
-        model(torch.tensor([document]), past_key_values=state)
-        cache.put(tuple(document), state)  # copied in; room is made, and memory freed, before this returns
-    prompt = torch.tensor([document + question])
-    tokens = model.generate(prompt, past_key_values=state, max_new_tokens=new_tokens, do_sample=False)
-    return list(tokens[0, prompt.shape[1] :].tolist())
+class Backend:
+    """Answers prompts with a model and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Make the cache for these weights: others never meet its entries."""
+        self.model, self.tokenizer = model, tokenizer
+        self.cache = PrefixCache("4GiB", namespace=model_fingerprint(model))
+
+    @torch.inference_mode()
+    def answer(self, prompt: str, max_new_tokens: int = 64) -> str:
+        """Continue `prompt` greedily."""
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        out = generate(self.model, self.cache, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return str(self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
