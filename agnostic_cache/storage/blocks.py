@@ -10,6 +10,7 @@ import threading
 
 from agnostic_cache.errors import StorageFullError
 from agnostic_cache.state.host import anonymous_mapping
+from agnostic_cache.storage.forks import watch
 
 
 def is_read(block: mmap.mmap) -> bool:
@@ -41,6 +42,11 @@ class BlockPool:
     """
 
     def __init__(self) -> None:
+        """Start empty."""
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()  # guards the list; held for list operations and for mremap
         self._idle: list[mmap.mmap] = []  # the newest last; some may be read still

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from agnostic_cache.errors import StorageError, StorageFullError
+from agnostic_cache.storage.forks import watch
 
 _NAME = re.compile(r"[0-9a-f]{40}\.kv")
 _ASIDE, _DAMAGED, _TOTAL = ".new", ".damaged", ".total"
@@ -54,19 +55,29 @@ class Directory:
     def __init__(self, path: Path) -> None:
         """Make the directory where it is not there, for its owner alone."""
         self.path = path
+        self._locked: set[int] = set()  # open files that this process has locked
+        self.after_fork()
+        watch(self)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._prefix = os.path.join(path, "")  # noqa: PTH118 - joining Paths takes longer than opening files
+
+    def after_fork(self) -> None:
+        """Hold no lock."""
+        # A lock belongs to an open file, which the child has, too: closed here, it is the parent's alone again.
+        for file in self._locked:
+            os.close(file)
+        self._locked = set()
         # Held by a thread, as the lock of the count is held by a process: for renaming and unlinking. Readers need
         # neither.
         self._door = threading.Lock()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._prefix = os.path.join(path, "")  # noqa: PTH118 - joining Paths takes longer than opening files
 
     @contextmanager
     def locked(self) -> Iterator[Total]:
         """Keep every other thread and process from changing what is there. The count is written down at the end."""
         with self._door:
-            # Opened each time: a lock belongs to an open file, which a forked child would share with its parent.
             file = os.open(self.path / _TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
+                self._locked.add(file)
                 fcntl.flock(file, fcntl.LOCK_EX)
                 text = os.pread(file, _DIGITS, 0)
                 total = Total(int(text) if text.isdigit() else 0)
@@ -75,7 +86,13 @@ class Directory:
                 finally:
                     os.pwrite(file, b"%0*d" % (_DIGITS, max(total.nbytes, 0)), 0)
             finally:
-                os.close(file)
+                self._unlock(file)
+
+    def _unlock(self, file: int) -> None:
+        """Unlock and close a file; closing alone would leave the lock to children that were forked meanwhile."""
+        fcntl.flock(file, fcntl.LOCK_UN)
+        self._locked.discard(file)
+        os.close(file)
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
@@ -85,15 +102,16 @@ class Directory:
         path = self.path / f"{name}.{secrets.token_hex(8)}{_ASIDE}"
         while True:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._locked.add(file)
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file).st_nlink:
                 break
-            os.close(file)  # another process was sweeping, between these two calls
+            self._unlock(file)  # another process was sweeping, between these two calls
         try:
             yield path, file
         finally:
             path.unlink(missing_ok=True)
-            os.close(file)
+            self._unlock(file)
 
     def bring_in(self, aside: Path, name: str, *, sync: bool) -> None:
         """Give a written file its name, in place of what has it. The directory is locked."""

@@ -33,6 +33,7 @@ from agnostic_cache.storage.codec import encode
 from agnostic_cache.storage.directory import Directory, Total, name_of
 from agnostic_cache.storage.entry import seal
 from agnostic_cache.storage.entry_file import read_entry, read_key, write_entry
+from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.url import StorageURL
 
 _logger = logging.getLogger("agnostic_cache.storage")
@@ -102,10 +103,8 @@ class FileStorage(StorageBackend):
         self._evictor = DummyEvictor() if max_bytes is None else make_evictor(evictor, max_bytes)
         self._pool = BlockPool()
         self._closed = False
-        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
-        self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
-        self._known = 0  # holds: the sum of the sizes in _files
-        self._hits = self._misses = self._puts = self._refused = self._evictions = self._corrupt = 0
+        self.after_fork()
+        watch(self)
         try:
             self._directory = Directory(self.path)
         except OSError as error:
@@ -114,6 +113,14 @@ class FileStorage(StorageBackend):
         with self._directory.translated("open"), self._directory.locked() as total:
             self._directory.sweep()
             self._look(total)
+
+    def after_fork(self) -> None:
+        """Know nothing yet of the directory, which is as much the child's as its parent's."""
+        self._evictor.reset()
+        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
+        self._known = 0  # holds: the sum of the sizes in _files
+        self._hits = self._misses = self._puts = self._refused = self._evictions = self._corrupt = 0
 
     @classmethod
     def from_url(cls, url: str) -> Self:

@@ -24,6 +24,7 @@ from agnostic_cache.storage.backend import (
     get_many,
     put_many,
 )
+from agnostic_cache.storage.forks import watch
 
 _logger = logging.getLogger("agnostic_cache.storage")
 _FAILURES = 3
@@ -44,6 +45,11 @@ class Breaker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """Be closed."""
         self._lock = threading.Lock()  # guards everything below
         self._failures = 0
         self._pause = _FIRST_PAUSE

@@ -21,6 +21,7 @@ from agnostic_cache.storage.backend import (
     pieces_of,
 )
 from agnostic_cache.storage.blocks import BlockPool, is_read
+from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.url import StorageURL
 
 RESERVED_BEYOND: Final = 16 * 1024 * 1024
@@ -127,13 +128,19 @@ class MemoryStorage(StorageBackend):
         self.max_bytes = parse_size(max_bytes)
         self._evictor = make_evictor(evictor, self.max_bytes)
         self._pool = BlockPool()
+        self._closed = False
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """Be empty: the memory is the parent's."""
+        self._evictor.reset()
         self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._arriving: dict[str, int] = {}  # keys that a thread copies to, and the bytes promised to it
         self._deferred: list[tuple[weakref.ref[mmap.mmap], int]] = []  # left while somebody read them; his to free
         self._reserved = 0  # bytes of the blocks that are being written by those who reserved them
         self._listed = 0  # holds: the sum of the blocks of _entries
-        self._closed = False
         self._hits = self._misses = self._puts = self._refused = self._evictions = 0
 
     @classmethod

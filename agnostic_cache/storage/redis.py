@@ -39,6 +39,7 @@ from agnostic_cache.storage.backend import (
 )
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.entry import seal, unseal
+from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.url import StorageURL
 
 _PART = 1024 * 1024
@@ -103,10 +104,15 @@ class RedisStorage(StorageBackend):
         self._ttl = max(1, int(ttl_seconds * 1000))
         self._pool = BlockPool()
         self._closed = False
-        self._lock = threading.Lock()  # guards the counts
+        self.after_fork()
+        watch(self)
         self._hits = self._misses = self._puts = self._corrupt = 0
         with self._translated():
             client.set(f"{prefix}:open", b"", px=1000)
+
+    def after_fork(self) -> None:
+        """Hold no lock; the library makes connections of the child's own."""
+        self._lock = threading.Lock()  # guards the counts
 
     @classmethod
     def from_url(cls, url: str) -> Self:

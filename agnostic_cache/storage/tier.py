@@ -1,7 +1,6 @@
 """Tier: a storage, what waits to be written to it, and how fast it is."""
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, contains_many, get_many
+from agnostic_cache.storage.forks import watch
 
 _logger = logging.getLogger("agnostic_cache.storage")
 _WEIGHT = 0.25  # of the newest measurement
@@ -53,10 +53,11 @@ class Tier:
         self._limit = max_pending_bytes
         self._clock = clock
         self._hits = self._skipped = 0
-        self._start()
+        self.after_fork()
+        watch(self)
 
-    def _start(self) -> None:
-        self._process = os.getpid()
+    def after_fork(self) -> None:
+        """Let nothing wait: what did is the parent's, and so is the thread."""
         self._changed = threading.Condition()  # guards everything below; no task runs under it
         self._tasks: deque[tuple[int, Callable[[], object]]] = deque()
         self._pending: dict[str, int] = {}  # tasks that wait, or are being done, by key
@@ -152,9 +153,8 @@ class Tier:
 
     def settle(self, key: str) -> None:
         """Wait until nothing waits to be done under a key."""
-        if self._process == os.getpid():
-            with self._changed:
-                self._changed.wait_for(lambda: key not in self._pending)
+        with self._changed:
+            self._changed.wait_for(lambda: key not in self._pending)
 
     def remove(self, key: str) -> bool:
         """Remove a blob, behind what is being written under its key."""
@@ -175,8 +175,6 @@ class Tier:
         Returns:
             Whether it will be done: too much may wait already.
         """
-        if self._process != os.getpid():
-            self._start()
         with self._changed:
             if self._stopped or (nbytes and self._bytes and self._bytes + nbytes > self._limit):
                 return False
@@ -224,16 +222,15 @@ class Tier:
 
     def flush(self) -> None:
         """Wait until nothing waits."""
-        if self._process == os.getpid():
-            with self._changed:
-                self._changed.wait_for(lambda: self.is_idle)
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_idle)
 
     def stop(self) -> None:
         """End the thread, once it has done what it was told."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        if self._thread is not None and self._process == os.getpid():
+        if self._thread is not None:
             self._thread.join()
 
     def stats(self) -> TierStats:

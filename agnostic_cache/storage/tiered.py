@@ -23,6 +23,7 @@ from agnostic_cache.storage.backend import (
     check_key,
     pieces_of,
 )
+from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.tier import Tier, TierStats
 
 
@@ -65,6 +66,11 @@ class TieredStorage(StorageBackend):
         self._tiers = [Tier(storage, limit, clock) for storage in tiers]
         self._through = frozenset({0, *write_through})
         self._closed = False
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """Bring nothing up: what did is the parent's."""
         self._lock = threading.Lock()  # guards what follows; held for dict operations only
         self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
 

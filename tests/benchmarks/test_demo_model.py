@@ -115,7 +115,7 @@ def test_decoding_while_states_are_written(
         decode()
 
     with TieredStorage([MemoryStorage("256MiB"), FileStorage(tmp_path, "1GiB")]) as storage:
-        seconds = race({"storing": decode_and_store, "plain": decode}, rounds=15)
+        seconds = race({"storing": decode_and_store, "plain": decode}, rounds=7)
         storage.flush()
         assert storage.tier_stats()[1].skipped == 0
     report("decoding with write-back to a disk / without", seconds["storing"], seconds["plain"], 1.05)

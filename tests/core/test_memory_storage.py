@@ -225,9 +225,8 @@ class TestReserving:
                 assert room is not None
                 room.buffer[:] = bytes([i]) * 20_000
                 room.publish("a")
-                found = storage.get("a")
-                assert found is not None
-                assert bytes(found) == bytes([found[0]]) * 20_000
+                found = storage.get("a")  # not there while somebody overwrites it
+                assert found is None or bytes(found) == bytes([found[0]]) * 20_000
 
         storage = MemoryStorage(10 * MIB)
         threads = [threading.Thread(target=work, args=(i,)) for i in range(4) for work in (put, receive)]

@@ -1,6 +1,8 @@
 """Several storages as one: nothing waits for the slow ones, nothing that was put is lost by flushing and closing."""
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,6 +211,46 @@ def test_older_bytes_never_come_in_behind_newer_ones() -> None:
         for i in range(8):
             assert read(storage, str(i)) == bytes([59]) * 50_000
             assert read(top, str(i)) in {None, bytes([59]) * 50_000}
+
+
+def test_a_forked_child_starts_anew_whatever_its_parent_held(tmp_path: Path) -> None:
+    program = """
+import os, sys, threading
+from agnostic_cache.storage.file import FileStorage
+from agnostic_cache.storage.guard import GuardedStorage
+from agnostic_cache.storage.memory import MemoryStorage
+from agnostic_cache.storage.tiered import TieredStorage
+
+def work():
+    i = 0
+    while not stop.is_set():
+        storage.put(f"key {i % 20}", bytes(20_000))
+        storage.get(f"key {(i + 7) % 20}")
+        i += 1
+
+stop = threading.Event()
+memory = MemoryStorage("1MiB")
+tiers = [memory, FileStorage(sys.argv[1], "1MiB")]
+storage = GuardedStorage(TieredStorage(tiers, max_pending_bytes=200_000), name="both")
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for i in range(30):
+    child = os.fork()
+    if not child:
+        good = memory.list_keys() == [] and memory.stats().current_bytes == 0
+        storage.put("mine", b"1")
+        good = good and bytes(storage.get("mine")) == b"1" and len(memory.list_keys()) == 1
+        storage.backend.flush()
+        os._exit(0 if good else 1)
+    if os.waitpid(child, 0)[1]:
+        os._exit(2)
+stop.set()
+for thread in threads:
+    thread.join()
+storage.close()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], check=True, timeout=120)
 
 
 def test_no_tiers_are_refused() -> None:

@@ -1,0 +1,30 @@
+"""What a forked child finds: locks that nobody holds, and no memory or queue of its parent's."""
+
+import os
+import weakref
+from typing import Protocol
+
+
+class SupportsFork(Protocol):
+    """Something that starts anew in a forked child."""
+
+    def after_fork(self) -> None:
+        """Make locks anew, and forget what is the parent's. No thread but this one lives."""
+        ...
+
+
+# What a process has forked is state of the process.
+_watched: "weakref.WeakSet[SupportsFork]" = weakref.WeakSet()
+
+
+def watch(thing: SupportsFork) -> None:
+    """Start `thing` anew in each forked child, as long as it lives."""
+    _watched.add(thing)
+
+
+def _start_anew() -> None:
+    for thing in list(_watched):
+        thing.after_fork()
+
+
+os.register_at_fork(after_in_child=_start_anew)
