@@ -172,6 +172,14 @@ def server(session: nox.Session) -> None:
 
 
 @nox.session(tags=["tests"])
+def lmcache(session: nox.Session) -> None:
+    """LMCache's own client against our server, and our client against LMCache's own server."""
+    install(session, *group("lmcache"), extras=["transformers"])
+    session.install("--no-compile", "--no-deps", *group("lmcache-bare"))
+    session.run("pytest", "tests/lmcache", *session.posargs, env={"LMCACHE_TRACK_USAGE": "false"})
+
+
+@nox.session(tags=["tests"])
 def mellea(session: nox.Session) -> None:
     """The real mellea on a tiny local model: 65 packages, and an import of torch's compiler, take a minute."""
     install(session, *group("mellea"), extras=["transformers"])
