@@ -28,6 +28,8 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 STORAGE = ["cli", "redis", "xxhash", "zstd"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
+# Modules that import what an extra brings: their doctests run in the sessions `storage`, `server` and `replay`.
+BEHIND_EXTRAS = ("cli/*", "metrics.py", "server/monitor.py", "storage/byteplanes.py", "storage/redis.py")
 
 # Run in an environment that holds the wheel and nothing else, not even pip.
 BARE_IMPORT = """
@@ -67,8 +69,11 @@ def test(session: nox.Session, room: str, *adapters: str) -> None:
     modules = [f"agnostic_cache_adapters.{adapter}" for adapter in adapters] or ["agnostic_cache"]
     session.run("python", "-P", "-c", f"import {', '.join(modules)}")
     facts = map(str, Path("tests/facts").glob(f"test_{room}_facts.py"))
-    doctests = ["--doctest-modules", "--ignore-glob=*/agnostic_cache/cli/*"]  # cli needs an extra: session `replay`
-    session.run("pytest", f"tests/{room}", *facts, *doctests, "--pyargs", *modules, *session.posargs)
+    doctests = ["--doctest-modules", *(f"--ignore-glob=*/agnostic_cache/{module}" for module in BEHIND_EXTRAS)]
+    # One thread per worker: the models of the tests are tiny, and threads that wait for one another cost more.
+    workers = ["-n", "2", "--dist", "worksteal"]
+    arguments = [f"tests/{room}", *facts, *doctests, *workers, "--pyargs", *modules, *session.posargs]
+    session.run("pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(tags=["checks"])
@@ -161,14 +166,15 @@ def storage(session: nox.Session) -> None:
     if not all(map(shutil.which, ("redis-server", "redis-cli", "openssl"))):
         session.error("redis-server, redis-cli or openssl is missing; on Debian: apt-get install redis-server openssl")
     install(session, *group("storage"), extras=STORAGE)
-    session.run("pytest", "tests/storage", *session.posargs)
+    session.run("pytest", "tests/storage", "--doctest-modules", "--pyargs", "agnostic_cache.storage", *session.posargs)
 
 
 @nox.session(python=[PYTHONS[0], PYTHONS[-1]], tags=["tests"])
 def server(session: nox.Session) -> None:
     """The cache server, on the oldest and the newest asyncio; a million broken headers."""
     install(session, *group("server"), extras=["cli", "metrics"])
-    session.run("pytest", "tests/server", *session.posargs)
+    modules = ["--pyargs", "agnostic_cache.server", "agnostic_cache.metrics"]
+    session.run("pytest", "tests/server", "--doctest-modules", *modules, *session.posargs)
 
 
 @nox.session(tags=["tests"])

@@ -59,7 +59,6 @@ def test_a_host_array_and_a_range_are_tokens_too() -> None:
         HostArray.empty((2, 2), Dtype.INT32),
         HostArray.empty((2,), Dtype.FLOAT32),
     ],
-    ids=str,
 )
 def test_what_is_no_prompt_is_refused(bad: object) -> None:
     with pytest.raises(InvalidTokensError) as raised:
