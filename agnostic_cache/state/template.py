@@ -5,6 +5,7 @@ takes its layers from ``layers.0.key`` on, and the reverse. The state may come i
 joined first: each part's rows go where they belong.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from agnostic_cache.errors import StructureMismatchError
 from agnostic_cache.state.adapter import Adapter, Array, Fill
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.registry import adapter_for
-from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
+from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint, Role
 from agnostic_cache.state.tree import Flat, Node, build, flatten
 
 if TYPE_CHECKING:
@@ -256,6 +257,29 @@ def _spans(
         return [(slice(None), slice(None)) for _ in pieces]
     role = slot.hint.role if slot.hint is not None and isinstance(slot.hint.role, TOKENS | WINDOW) else leaf.role
     stride = leaf.role.stride if isinstance(leaf.role, TOKENS) else 1
+    held = [
+        (piece.begin, piece.length, None if type(piece.leaf.role) is TOKENS else piece.leaf.first, count)
+        for piece, count in zip(pieces, rows, strict=True)
+    ]
+    spans, start, reach = _placed(tuple(held), role, stride, room, length)
+    if spans is None:
+        msg = (
+            f"leaf {name!r} is {leaf.role} with rows [{start}, {reach}) in the state, and {role} with room for "
+            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
+            "buffers, or cut the state"
+        )
+        raise StructureMismatchError(msg)
+    return spans
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a model ask the same, one after another
+def _placed(
+    held: tuple[tuple[int, int, int | None, int], ...], role: Role, stride: int, room: int | None, length: int
+) -> tuple[list[tuple[slice, slice] | None] | None, int, int]:
+    """Return a span per piece, or None where they do not fit, and which rows are there without a gap.
+
+    A piece is given by the token that it begins with, its tokens, for a window its first row, and its rows.
+    """
     end = length // stride
     if isinstance(role, WINDOW):
         needed = max(0, end - role.width)
@@ -266,31 +290,20 @@ def _spans(
         fits = isinstance(role, TOKENS) and role.stride == stride and (room is None or room >= end)
     spans: list[tuple[slice, slice] | None] = []
     start = reach = 0  # holds: rows [start, reach) are there without a gap
-    for piece, count in zip(pieces, rows, strict=True):
-        if isinstance(piece.leaf.role, TOKENS):
-            first = piece.begin // stride
-            stop = first + piece.length // stride
-        else:
-            first = piece.begin + piece.leaf.first
-            stop = min(first + count, piece.begin + piece.length)
+    for i, (token, tokens, window, count) in enumerate(held):
+        first = token // stride if window is None else token + window
+        stop = first + tokens // stride if window is None else min(first + count, token + tokens)
         if first > reach:
             start = first
         reach = max(first, stop)
         low = max(first, begin)
         if low < stop:
             spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)))
-        elif piece is pieces[-1] and not any(spans):  # a state of no tokens still uses its buffers up
+        elif i == len(held) - 1 and not any(spans):  # a state of no tokens still uses its buffers up
             spans.append((slice(0, 0), slice(0, 0)))
         else:
             spans.append(None)
-    if not fits or max(start, begin) > needed or reach < end:
-        msg = (
-            f"leaf {name!r} is {leaf.role} with rows [{start}, {reach}) in the state, and {role} with room for "
-            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
-            "buffers, or cut the state"
-        )
-        raise StructureMismatchError(msg)
-    return spans
+    return (spans if fits and max(start, begin) <= needed and reach >= end else None), start, reach
 
 
 def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int) -> Array:
@@ -312,7 +325,7 @@ def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int)
         held = leaf.axes if layer is None else tuple(axis for axis in leaf.axes if axis != "layers")
         # A snapshot is taken as it is: a container that has none yet cannot say of what shape it will be.
         axes = slot.hint.axes if slot.hint is not None and slot.hint.axes else held
-        if sorted(axes) != sorted(held):
+        if axes != held and sorted(axes) != sorted(held):
             msg = (
                 f"leaf {slot.path!r} has axes {leaf.axes} in the state, its container wants {axes}; name the axes in "
                 "the layout"

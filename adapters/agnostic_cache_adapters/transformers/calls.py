@@ -195,7 +195,7 @@ def _stamp(model: Any) -> tuple[object, ...]:
         module = waiting.pop()
         tensors += [tensor for tensor in module._parameters.values() if tensor is not None]  # noqa: SLF001
         tensors += [tensor for tensor in module._buffers.values() if tensor is not None]  # noqa: SLF001
-        adapted = adapted or "active_adapters" in vars(module) or hasattr(type(module), "active_adapters")
+        adapted = adapted or "merged_adapters" in vars(module) or hasattr(type(module), "merged_adapters")
         waiting += module._modules.values()  # noqa: SLF001
     versions = hash(tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors]))  # noqa: SLF001
     places = hash(tuple([tensor.data_ptr() for tensor in tensors]))
