@@ -9,10 +9,12 @@ Requirements: a message that deserialises serialises to bytes that mean the same
 """
 
 import enum
+import functools
 import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Final, Self, TypeVar
 
 from agnostic_cache.errors import UnsupportedDtypeError, WireError
@@ -206,13 +208,19 @@ def parse_cache_key(key_str: str) -> CacheEngineKey | LayerCacheEngineKey:
     Raises:
         WireError: It is no key.
     """
-    found = _KEY.fullmatch(key_str.strip())
+    return _parsed(key_str.strip())
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> CacheEngineKey | LayerCacheEngineKey:
+    """Read a key: half the time of reading a header, and the same keys are asked for again and again."""
+    found = _KEY.fullmatch(text)
     if found is None:
         form = "model@world_size@worker_id@hash@dtype[@layer][@tag%value...]"
-        msg = f"{key_str[:MAX_KEY_LENGTH]!r} is no key; it should read {form}"
+        msg = f"{text[:MAX_KEY_LENGTH]!r} is no key; it should read {form}"
         raise WireError(msg)
     pairs = (tag.partition("%") for tag in found["tags"].split("@")[1:])
-    configs = {_TAG + name: value for name, _, value in pairs} or None
+    configs = MappingProxyType({_TAG + name: value for name, _, value in pairs}) or None
     numbers = int(found["world"]), int(found["worker"]), int(found["hash"], 16)
     if found["layer"] is None:
         return CacheEngineKey(found["model"], *numbers, _NAMES[found["dtype"]], configs)

@@ -319,6 +319,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _await_request(self) -> None:
         self._meta, self._result, self._target = None, None, self._header
+        self._unsent = memoryview(b"")  # even an empty view of an entry keeps it from leaving
         self.deadline = None
         if self._stops:
             self._transport.close()

@@ -93,6 +93,15 @@ class TestNumbers:
                 assert fourth.get() == b"body"
 
 
+def test_who_has_taken_his_answer_holds_nothing() -> None:
+    with running("memory://?max_bytes=8MiB") as server, server.client() as client, server.client() as other:
+        assert client.put(bytes(6 * MIB))
+        assert client.get() == bytes(6 * MIB)
+        assert other.put(bytes([1]) * 6 * MIB)
+        assert other.get() == bytes([1]) * 6 * MIB
+        assert server.backend.storage.stats().deferred_bytes == 0
+
+
 class TestBackPressure:
     def test_first_come_first_served(self) -> None:
         room, let_in = WaitingRoom(100), list[str]()
