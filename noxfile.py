@@ -232,4 +232,12 @@ def bench(session: nox.Session) -> None:
     """Every figure that the docs give, as a ratio in one run; `-- --benchmark-disable` only checks the results."""
     install(session, *group("bench"), extras=["transformers", "jax", *STORAGE])
     session.install("--no-compile", "--no-deps", *group("bench-bare"))
-    session.run("pytest", "tests/benchmarks", *session.posargs)
+    session.run("pytest", "tests/benchmarks", "--ignore=tests/benchmarks/test_server.py", *session.posargs)
+
+
+@nox.session(default=False, reuse_venv=True)
+def bench_server(session: nox.Session) -> None:
+    """Our server against LMCache's own; what these two need does not go with what `bench` needs."""
+    install(session, *group("lmcache"), "pytest-benchmark>=5.2", extras=["cli", "transformers"])
+    session.install("--no-compile", "--no-deps", *group("lmcache-bare"))
+    session.run("pytest", "tests/benchmarks/test_server.py", *session.posargs)
