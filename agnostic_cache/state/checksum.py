@@ -17,9 +17,11 @@ class Checksum(Protocol):
 
     def update(self, data: memoryview, /) -> None:
         """Take more bytes in."""
+        ...
 
     def digest(self) -> bytes:
         """Return the digest of all bytes so far."""
+        ...
 
 
 class _Crc32:

@@ -56,8 +56,8 @@ class _Room:
     def short(self) -> bool:
         return self._over > 0
 
-    def let_go(self, name: str) -> bool:
-        self._over -= self._files[name].nbytes
+    def let_go(self, key: str) -> bool:
+        self._over -= self._files[key].nbytes
         return True
 
 

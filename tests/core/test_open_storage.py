@@ -84,9 +84,6 @@ class TestSixMethods(StorageSuite):
     def test_closing(self) -> None:  # type: ignore[override]
         self.make(Path()).close()
 
-    def test_what_is_no_str_is_no_key(self, storage: StorageBackend) -> None:
-        assert storage.list_keys() == []
-
     def test_stats_count(self, storage: StorageBackend) -> None:
         assert storage.stats() == StorageStats()
 
