@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
@@ -113,7 +114,7 @@ def test_bodies(clients: dict[str, Client], race: Race, report: Report, size: in
         fill(client, buffer)
         worst[name](perf_counter() - start)
 
-    turns = {f"{op.__name__} {name}": (lambda op=op, name=name: op(name)) for name in clients for op in (put, get)}
+    turns = {f"{op.__name__} {name}": partial(op, name) for name in clients for op in (put, get)}
     found = race(turns, rounds=max(10, 200 // size))
     get("ours")
     assert buffer == body
@@ -130,7 +131,7 @@ def test_exist(clients: dict[str, Client], race: Race, report: Report) -> None:
     asked = {name: client for name, client in clients.items() if name != "echo"}
     for client in asked.values():
         assert client.put(b"body")
-    found = race({name: (lambda one=one: one.ask(EXIST)) for name, one in asked.items()}, rounds=500, inner=4)
+    found = race({name: partial(one.ask, EXIST) for name, one in asked.items()}, rounds=500, inner=4)
     report("server: exist, against LMCache's server", found["ours"], found["theirs"], 0.5)
 
 
