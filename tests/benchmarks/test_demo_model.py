@@ -78,6 +78,8 @@ def bf16_block(state: DynamicCache, start: int, stop: int) -> KVState:
     """Rows of a state in bf16."""
     rows = DynamicCache()
     for i, (keys, values, _) in enumerate(state):
+        assert keys is not None
+        assert values is not None
         rows.update(keys[:, :, start:stop].bfloat16(), values[:, :, start:stop].bfloat16(), i)
     return wrap(rows).copy()
 

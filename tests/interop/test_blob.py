@@ -53,7 +53,7 @@ def test_a_cache_that_went_through_bytes_gives_the_same_tokens() -> None:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval()
     ids = torch.arange(2, 42)[None]
     cache = DynamicCache(config=config)
     with torch.inference_mode():
