@@ -2,7 +2,7 @@
 
 import gc
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -196,6 +196,15 @@ def test_an_interrupt_in_the_middle_of_a_copy_leaves_the_count_exact(memory: Hos
     check(cache, memory)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, also where these tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("call", ["put", "overwrite", "get", "pop"])
 def test_a_signal_in_the_middle_of_a_copy_leaves_the_count_exact(call: str) -> None:
     memory = Waiting()
