@@ -9,7 +9,6 @@ import functools
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, Final, NamedTuple
 
 from agnostic_cache.errors import AgnosticCacheError, BlobError, StructureMismatchError
@@ -20,6 +19,7 @@ from agnostic_cache.state.host import HostArray, row_major_bytes
 from agnostic_cache.state.kv_state import KVState, Ownership, read_length
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.leaf import Leaf
+from agnostic_cache.state.producer import PRODUCER
 from agnostic_cache.state.registry import adapter_named
 from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Role, axis_names
 from agnostic_cache.state.safetensors import RESERVED, Header, Part, Parts, Tensor, parse_header, verify
@@ -84,16 +84,11 @@ def encode(state: KVState, *, tokens: Iterable[int] | None = None, checksum: boo
     }
     facts = {
         _FORMAT: FORMAT,
-        _PRODUCER: _producer(),
+        _PRODUCER: PRODUCER,
         _STATE: _compact(described),
         _STRUCTURE: _compact(state.structure),
     }
     return Parts(parts, facts, algorithm=best_algorithm() if checksum else None)
-
-
-@functools.cache
-def _producer() -> str:
-    return f"agnostic-cache {metadata.version('agnostic-cache')}"
 
 
 def _compact(plain: object) -> str:

@@ -4,12 +4,11 @@ An entry is a sealed safetensors file whose one tensor, ``blob``, is what was pu
 one parser and one check serve states and storages, and a reader never trusts a length that it has not compared.
 """
 
-import functools
-from importlib import metadata
 from typing import Final, NamedTuple
 
 from agnostic_cache.errors import BlobError
 from agnostic_cache.state.checksum import best_algorithm
+from agnostic_cache.state.producer import PRODUCER
 from agnostic_cache.state.safetensors import RESERVED, Header, Part, Parts, parse_header, verify
 from agnostic_cache.storage.backend import Blob, pieces_of
 
@@ -42,7 +41,7 @@ class Facts(NamedTuple):
 def seal(key: str, blob: Blob, *, codec: str = "") -> Parts:
     """Lay an entry out. Copies nothing; the blob is read as the parts are."""
     nbytes, pieces = pieces_of(blob)
-    said = {_VERSION: VERSION, _PRODUCER: _producer(), _KEY: key.encode("utf-8", _ESCAPES).hex()}
+    said = {_VERSION: VERSION, _PRODUCER: PRODUCER, _KEY: key.encode("utf-8", _ESCAPES).hex()}
     if codec:
         said[_CODEC] = codec
     return Parts([Part(_BLOB, "U8", (nbytes,), nbytes, lambda: pieces)], said, algorithm=best_algorithm())
@@ -88,8 +87,3 @@ def unseal(memory: memoryview, key: str, *, verified: bool = False) -> tuple[mem
     if not verified:
         verify(memory, found.algorithm)
     return memory[found.start : found.stop].toreadonly(), found.codec
-
-
-@functools.cache
-def _producer() -> str:
-    return f"agnostic-cache {metadata.version('agnostic-cache')}"
