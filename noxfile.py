@@ -61,7 +61,7 @@ def install(session: nox.Session, *requirements: str, extras: Iterable[str] = ()
     session.install("--no-deps", "--force-reinstall", str(wheel))  # same version, new contents, where nox reuses a venv
 
 
-def test(session: nox.Session, room: str, *adapters: str, without: str = "") -> None:
+def test(session: nox.Session, room: str, *adapters: str, without: str = "") -> None:  # noqa: PT028 - no test itself
     """Run the tests of a room, the facts that it rests on, and the doctests of its modules.
 
     An adapter that does not import is a failure.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-import libcachesim
+import libcachesim  # pyright: ignore[reportMissingImports]
 import pytest
 
 from agnostic_cache.eviction import make_evictor
