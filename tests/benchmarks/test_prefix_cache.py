@@ -170,6 +170,8 @@ def test_a_batch_of_questions_on_one_document(
     def peer() -> list[int]:
         return list(model.generate(ids, **settings)[:, -1].tolist())
 
-    assert ours() == peer()
-    seconds = race({"ours": ours, "peer": peer}, rounds=2)
+    answers: dict[str, list[int]] = {}  # one padded batch takes a minute: none is computed for its answers alone
+    contenders = {"ours": lambda: answers.update(ours=ours()), "peer": lambda: answers.update(peer=peer())}
+    seconds = race(contenders, rounds=2)
+    assert answers["ours"] == answers["peer"]
     report("a batch of 8 questions, nothing stored before", seconds["ours"], seconds["peer"], 1 / 5)
