@@ -4,13 +4,41 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from agnostic_cache.errors import ReleasedError
-from agnostic_cache.lease import Borrows
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
+from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.state.template import fill_template
 
 if TYPE_CHECKING:
+    from agnostic_cache.lease import Borrows
     from agnostic_cache.prefix.single_flight import Claim
+
+
+class Loaded:
+    """States that a storage gave: host memory that nobody writes, for one match.
+
+    Attributes:
+        framework: Of the arrays that they were stored from.
+    """
+
+    __slots__ = ("_states", "framework")
+
+    def __init__(self, states: list[KVState], framework: str = "host") -> None:
+        """Take the states."""
+        self._states = states
+        self.framework = framework
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return len(self._states)
+
+    def states(self) -> list[KVState]:
+        """Return them, in order."""
+        return self._states
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._states = []
 
 
 class Match:
@@ -24,11 +52,25 @@ class Match:
             prompt parts from another one, and a state stored there would serve both.
     """
 
-    __slots__ = ("_claim", "_count", "_layout", "_leases", "_rows", "known", "length")
+    __slots__ = ("_claim", "_count", "_here", "_layout", "_leases", "_rows", "known", "length")
 
-    def __init__(self, leases: list[Borrows], count: int, rows: int, length: int, layout: KVLayout | None) -> None:
-        """Take over leases on blocks, of which `count` matter, the last one up to `rows`, and on a snapshot."""
-        self._leases = leases
+    def __init__(
+        self,
+        lease: "Borrows | None",
+        here: int,
+        loaded: "Loaded | None",
+        snapshot: "Borrows | Loaded | None",
+        count: int,
+        rows: int,
+        length: int,
+        layout: KVLayout | None,
+    ) -> None:
+        """Take over what is lent and what was loaded, which comes behind the first `here` of what is lent.
+
+        Of all these blocks `count` matter, the last one up to `rows`.
+        """
+        self._leases = [lease, loaded, snapshot]
+        self._here = here
         self._count = count
         self._rows = rows
         self._layout = layout
@@ -51,7 +93,9 @@ class Match:
         self.close()
         return False
 
-    def load(self, like: Any = None, *, to: str | None = None, layout: KVLayout | None = None) -> Any:
+    def load(
+        self, like: Any = None, *, to: str | None = None, layout: KVLayout | None = None, device: str | None = None
+    ) -> Any:
         """Return the state of the matched tokens: private, assembled, yours to write, donate or delete.
 
         Blocks that the result may share without ever being seen to change are shared, all others copied once. The
@@ -62,6 +106,7 @@ class Match:
                 the native type that was stored is built.
             to: Return a `KVState` of this framework instead.
             layout: Names and roles of the template's leaves; by default the cache's own layout.
+            device: Where to put what comes from a storage; by default where the framework puts host memory.
 
         Returns:
             The state; of an empty match, `like`.
@@ -74,11 +119,12 @@ class Match:
             return like
         parts = self._parts()
         try:
+            framework = to or (adapter_for(like).framework if like is not None else self._native(parts[0]))
+            parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
                 return fill_template(parts, like, layout if layout is not None else self._layout)
-            if to is None:
-                return KVState.join(parts).unwrap()
-            return KVState.join([part.to(to) for part in parts] if parts[0].framework != to else parts)
+            joined = KVState.join(parts)
+            return joined.unwrap() if to is None else joined
         finally:
             self._release()
 
@@ -86,11 +132,16 @@ class Match:
         if not self._leases:
             msg = "this Match was loaded or closed; ask the cache for another"
             raise ReleasedError(msg)
-        blocks, *snapshot = self._leases
-        parts = blocks.states()[: self._count]
+        lent, loaded, snapshot = ([] if lease is None else lease.states() for lease in self._leases)
+        parts = [*lent[: self._here], *loaded, *lent[self._here :]][: self._count]
         if parts[-1].length > self._rows:
-            parts[-1]._length = self._rows  # lent to us alone; rows beyond the length do not count
-        return [*parts, *(state for lease in snapshot for state in lease.states())]
+            parts[-1]._length = self._rows  # ours alone; rows beyond the length do not count
+        return [*parts, *snapshot]
+
+    def _native(self, first: KVState) -> str:
+        """The framework that the first block was stored from."""
+        loaded = self._leases[1]
+        return loaded.framework if isinstance(loaded, Loaded) and not self._here and len(loaded) else first.framework
 
     def close(self) -> None:
         """Give the blocks back, and let others compute what it lacks. Idempotent."""
@@ -102,7 +153,8 @@ class Match:
     def _release(self) -> None:
         leases, self._leases = self._leases, []
         for lease in leases:
-            lease.close()
+            if lease is not None:
+                lease.close()
 
     def __del__(self) -> None:
         """Let others compute what it lacks; the leases give themselves back."""

@@ -1,8 +1,7 @@
 """PrefixCache: prompts go in block by block, the longest known prefix of another prompt comes out.
 
-All that is kept lies in one `StateCache`, a block per entry, which does the accounting, the eviction and the lending.
-Here is only which block follows which. Holds: what the index says is a hint; a block that the state cache no longer
-has is a miss.
+Here is what a user calls; `block_store.py` keeps the blocks, in one `StateCache`, and `stored_blocks.py` those in a
+storage below it.
 """
 
 import os
@@ -10,8 +9,9 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from agnostic_cache.errors import (
     CacheBypassWarning,
@@ -20,22 +20,21 @@ from agnostic_cache.errors import (
     InvalidSizeError,
     LengthMismatchError,
 )
-from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
-from agnostic_cache.eviction.gdsf import recompute_cost
-from agnostic_cache.fingerprint import PREFIX
-from agnostic_cache.lease import Borrows
+from agnostic_cache.eviction.evictor import BaseEvictor
+from agnostic_cache.prefix.block_store import BlockStore
 from agnostic_cache.prefix.chain import TOKEN_BYTES, encode, next_key, root_key
-from agnostic_cache.prefix.index import Block, Index, has_snapshots, total_length, windows_complete, windows_of
 from agnostic_cache.prefix.match import Match
 from agnostic_cache.prefix.single_flight import SingleFlight
+from agnostic_cache.prefix.weights import Weights
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import SNAPSHOT
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.state_cache import StateCache
 from agnostic_cache.trace import Trace
 
-_SNAPSHOT = b"/snapshot"  # behind the key of a block: what is valid at its end only
+if TYPE_CHECKING:
+    from agnostic_cache.storage.backend import StorageBackend
+    from agnostic_cache.storage.tier import TierStats
 
 
 class PrefixCacheStats(NamedTuple):
@@ -95,7 +94,7 @@ class PrefixCache:
         block_size: int = 256,
         layout: KVLayout | None = None,
         evictor: str | BaseEvictor = "adaptive",
-        storage: None = None,
+        storage: "str | StorageBackend | Sequence[str] | None" = None,
         exact: bool = False,
         ttl_seconds: float | None = None,
         trace: Trace | None = None,
@@ -112,7 +111,10 @@ class PrefixCache:
             block_size: Tokens per block; a multiple of every stride in the state.
             layout: Roles and names of leaves; by default what containers and adapters know.
             evictor: Eviction policy; see `StateCache`.
-            storage: Tier below memory; none yet.
+            storage: Where blocks outlive eviction, the process and the machine: a URL of `open_storage`, several from
+                fast to slow, or a storage, which is taken over. Whole blocks without a time to live go there when they
+                come in, through host memory, so that nobody waits for a disk or a network; a match takes from it what
+                is faster to load than to compute. Before the process ends, call `close` or `flush`.
             exact: Match whole blocks only; see the attribute.
             ttl_seconds: How long what is inserted stays valid, unless `insert` says otherwise; by default for ever.
             trace: Hook that is told of matches, inserts, and what the state cache tells.
@@ -122,8 +124,9 @@ class PrefixCache:
             InvalidNamespaceError: `namespace` is no str or empty, or `salt` is no bytes.
             InvalidSizeError: `max_bytes` or `block_size` is no size.
             UnknownPolicyError: No such policy.
+            AgnosticCacheError: The storage cannot be opened; see `open_storage`.
         """
-        _check(namespace, salt, block_size, storage)
+        _check(namespace, salt, block_size)
         self.namespace = namespace
         self.block_size = block_size
         self.layout = layout
@@ -132,19 +135,22 @@ class PrefixCache:
         self._ttl_seconds = ttl_seconds
         self._trace = trace
         self._clock = clock
-        self._states = StateCache(max_bytes, evictor=evictor, trace=self._told)
+        stored = None
+        if storage is not None:
+            from agnostic_cache.prefix.stored_blocks import StoredBlocks, open_tiers  # noqa: PLC0415 - few need them
+
+            stored = StoredBlocks(open_tiers(storage), block_size, layout)
+        states = StateCache(max_bytes, evictor=evictor, trace=self._told)
+        self._blocks = BlockStore(states, block_size, granular=not exact, clock=clock, stored=stored)
         self._start()
         _caches.add(self)
 
     def _start(self) -> None:
-        self._lock = threading.RLock()  # guards everything below; held for dict operations and counting only
-        self._index = Index()
+        self._lock = threading.RLock()  # guards the counts; a finaliser may come in the middle
         self._flights = SingleFlight()
-        # What each model's weights add to the context, by what verbs saw of them.
-        self._weights: weakref.WeakKeyDictionary[Any, dict[Hashable, str]] = weakref.WeakKeyDictionary()
-        self._named: str | None = None  # the fingerprint that the namespace stands for
+        self._weights = Weights(self.namespace)
         self._warned: set[str] = set()
-        self._lookup_tokens = self._hit_tokens = self._inserted_tokens = self._bypassed = self._mismatches = 0
+        self._lookup_tokens = self._hit_tokens = self._bypassed = 0
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class PrefixCache:
         if self.exact:
             limit -= limit % self.block_size
         while True:
-            match, parent = self._find(data, root, limit) if read else (_empty(), root)
+            match, parent = self._blocks.find(data, root, limit, self.layout) if read else (_empty(), root)
             if not single_flight or match.length == limit:
                 break
             begin = match.length - match.length % self.block_size
@@ -187,75 +193,22 @@ class PrefixCache:
             self._trace("prefix_cache.match", {"tokens": len(data) // TOKEN_BYTES, "hit": match.length})
         return match
 
-    def _find(self, data: bytes, root: bytes, limit: int) -> tuple[Match, bytes]:
-        """Borrow what is here of the first `limit` tokens; return it and the key of its last whole block."""
-        blocks, rows = self._known(data, root, limit)
-        if not blocks:
-            return _empty(), root
-        lease = self._states.borrow_all([block.key for block in blocks])
-        if len(lease) < len(blocks):  # the index is behind
-            self._forget(blocks[len(lease)])
-            del blocks[len(lease) :]
-            rows = self.block_size
-        known = sum(block.length == self.block_size for block in blocks)
-        count, leases = len(blocks), [lease]
-        while count and not blocks[count - 1].granular:
-            last = blocks[count - 1]
-            if not last.windows or windows_complete(blocks, count):
-                if not last.snapshots:
-                    break
-                snapshot = self._states.borrow_all([last.key + _SNAPSHOT])
-                leases.append(snapshot)
-                if len(snapshot):
-                    break
-            count, rows = count - 1, self.block_size
-        if not count:
-            for one in leases:
-                one.close()
-            match = _empty()
-            match.known = known * self.block_size
-            return match, root
-        length = (count - 1) * self.block_size + rows
-        whole = length // self.block_size
-        match = Match([lease, *(one for one in leases[1:] if len(one))], count, rows, length, self.layout)
-        match.known = max(length, known * self.block_size)
-        return match, blocks[whole - 1].key if whole else root
-
-    def _known(self, data: bytes, root: bytes, limit: int) -> tuple[list[Block], int]:
-        """The chain of blocks for the first `limit` tokens, and how many tokens of the last one are in common."""
-        size, key, get, blocks = self.block_size * TOKEN_BYTES, root, self._index.get, []
-        for begin in range(0, limit // self.block_size * size, size):
-            tokens = data[begin : begin + size]
-            key = next_key(key, tokens)
-            block = get(key)
-            if block is None or (block.deadline is not None and self._expired(block)):
-                break
-            if block.tokens != tokens:
-                with self._lock:
-                    self._mismatches += 1
-                self._remove(block)
-                break
-            blocks.append(block)
-        rest = data[len(blocks) * size : limit * TOKEN_BYTES]
-        parent = blocks[-1].key if blocks else root
-        while rest and not self.exact:
-            child, rows = self._index.best_child(parent, rest)
-            if child is None:
-                break
-            if child.deadline is None or not self._expired(child):
-                return [*blocks, child], rows
-        return blocks, self.block_size
-
     def warm(self, prompts: Iterable[Any], *, context: bytes = b"") -> int:
         """Make what is here of each prompt the newest, so that it leaves last; return how many tokens that are."""
         root = self._root(context)
         found = 0
         for prompt in prompts:
             data = encode(prompt)
-            match, _ = self._find(data, root, len(data) // TOKEN_BYTES)
+            match, _ = self._blocks.find(data, root, len(data) // TOKEN_BYTES, self.layout, below=False)
             found += match.length
             match.close()
         return found
+
+    def prefetch(self, tokens: Any, *, context: bytes = b"") -> None:
+        """Bring what lies in slow tiers of the storage of a prompt to the fast one, in the background; do not wait."""
+        data, root = encode(tokens), self._root(context)
+        if self._blocks.stored is not None:
+            self._blocks.stored.prefetch(root, data)
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -298,111 +251,68 @@ class PrefixCache:
             return 0
         seconds = self._ttl_seconds if ttl_seconds is None else ttl_seconds
         deadline = None if seconds is None else self._clock() + seconds
-        blocks = self._plan(data, held, count, root, deadline)
-        keys = [block.key for block in blocks]
+        keys = self._blocks.keys(data, root, count)
         self._flights.spread(keys)
-        leases = [self._states.borrow_all(keys, use=False)]  # what the new ones hang on does not leave to make room
         try:
-            made = self._insert_blocks(blocks, held, leases)
-            complete = all(map(self._states.contains, keys[-1:])) and count == held.length and not held.missing
-            if blocks[-1].snapshots and complete and not self._states.contains(keys[-1] + _SNAPSHOT):
-                cost = recompute_cost(0, count)
-                self._states.put(keys[-1] + _SNAPSHOT, held.cut(count, count), move=True, cost=cost)
+            made = self._blocks.insert(data, root, held, count, deadline)
         finally:
-            for lease in leases:
-                lease.close()
             for key in keys:
                 self._flights.land(key)
-        self._states.borrow_all(keys).close()  # the first becomes the newest
         if self._trace is not None:
-            self._trace("prefix_cache.insert", {"tokens": count, "blocks": len(blocks), "copied": made})
+            self._trace("prefix_cache.insert", {"tokens": count, "blocks": len(keys), "copied": made})
         return made
-
-    def _plan(self, data: bytes, state: KVState, count: int, root: bytes, deadline: float | None) -> list[Block]:
-        """The blocks that stand for the first `count` tokens of a state."""
-        snapshots, key, blocks = has_snapshots(state), root, []
-        for start in range(0, count, self.block_size):
-            stop = min(start + self.block_size, count)
-            tokens = data[start * TOKEN_BYTES : stop * TOKEN_BYTES]
-            windows = windows_of(state, start, stop)
-            parent, key = key, next_key(key, tokens)
-            blocks.append(Block(key, parent, tokens, windows, snapshots=snapshots, deadline=deadline))
-        return blocks
-
-    def _insert_blocks(self, blocks: list[Block], state: KVState, leases: list[Borrows]) -> int:
-        """Copy in the blocks that are not here; `leases` begins with those that are, and takes the new ones."""
-        rows, made, there = _without_snapshots(state), 0, len(leases[0])
-        for i, block in enumerate(blocks):
-            known = self._index.get(block.key)
-            if i >= there and known is not None:  # an orphan, maybe: its parent had left before it
-                orphan = self._states.borrow_all([block.key], use=False)
-                leases.append(orphan)
-                known = known if len(orphan) else None
-            if known is not None and known.tokens == block.tokens and not block.adds_to(known):
-                known.deadline = block.deadline
-                continue
-            if block.length < self.block_size and self._is_covered(block):
-                continue
-            start = i * self.block_size
-            stop = start + block.length
-            piece, cost = rows.cut(start, stop), recompute_cost(start, stop)
-            if self._states.put(block.key, piece, move=True, cost=cost) is not PutStatus.LEGAL:
-                break  # what hangs on it would never be found
-            with self._lock:
-                self._index.add(block)
-                self._inserted_tokens += block.length
-            leases.append(self._states.borrow_all([block.key], use=False))
-            made += 1
-            self._drop_covered(block)
-        return made
-
-    def _is_covered(self, block: Block) -> bool:
-        """Whether a longer block has the rows of this one, and a match may end anywhere in it."""
-        return block.granular and any(
-            child.length > block.length and child.granular and child.tokens.startswith(block.tokens)
-            for child in self._index.children(block.parent, block.tokens)
-        )
-
-    def _drop_covered(self, block: Block) -> None:
-        """Remove the shorter blocks whose rows this one has."""
-        for child in self._index.children(block.parent, block.tokens):
-            shorter = child.length < block.length and child.granular and block.granular
-            if shorter and block.tokens.startswith(child.tokens):
-                self._remove(child)
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def pin(self, tokens: Any, *, context: bytes = b"") -> int:
         """Keep what is here of a prompt from being evicted until as many `unpin`; return how many tokens that are."""
-        return self._pin(tokens, context, self._states.pin)
+        return self._blocks.pin(encode(tokens), self._root(context), self._blocks.states.pin)
 
     def unpin(self, tokens: Any, *, context: bytes = b"") -> int:
         """Take one `pin` back; return how many tokens it was for."""
-        return self._pin(tokens, context, self._states.unpin)
-
-    def _pin(self, tokens: Any, context: bytes, do: Callable[[bytes], bool]) -> int:
-        data = encode(tokens)
-        blocks, rows = self._known(data, self._root(context), len(data) // TOKEN_BYTES)
-        for i, block in enumerate(blocks):
-            if not do(block.key):
-                return total_length(blocks[:i])
-            if block.snapshots:
-                do(block.key + _SNAPSHOT)
-        return total_length(blocks[:-1]) + rows if blocks else 0
+        return self._blocks.pin(encode(tokens), self._root(context), self._blocks.states.unpin)
 
     def clear(self) -> None:
-        """Drop everything, pinned blocks included; what is borrowed leaves when it is given back."""
-        self._states.clear()
-        with self._lock:
-            self._index = Index()
+        """Drop everything, pinned blocks included; what is borrowed leaves when it is given back.
+
+        What is in the storage stays, and is found there.
+        """
+        self._blocks.clear()
+
+    def flush(self) -> None:
+        """Wait until all that was inserted is in every tier of the storage, but for what `tier_stats` calls skipped."""
+        if self._blocks.stored is not None:
+            self._blocks.stored.tiers.flush()
+
+    def close(self) -> None:
+        """Flush, close the storage, and drop everything. Idempotent; the cache goes on without a storage."""
+        stored, self._blocks.stored = self._blocks.stored, None
+        if stored is not None:
+            stored.tiers.close()
+        self.clear()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
 
     def stats(self) -> PrefixCacheStats:
         """Return what the cache holds and did. Linear in entries."""
-        inner = self._states.stats()
+        inner, blocks = self._blocks.states.stats(), self._blocks
+        below = blocks.stored.mismatches if blocks.stored is not None else 0
         with self._lock:
-            tokens = (self._lookup_tokens, self._hit_tokens, self._inserted_tokens)
-            rest = (inner.entries, inner.current_bytes, inner.evictions, self._bypassed, self._mismatches)
+            tokens = (self._lookup_tokens, self._hit_tokens, blocks.inserted_tokens)
+            rest = (inner.entries, inner.current_bytes, inner.evictions, self._bypassed, blocks.mismatches + below)
             return PrefixCacheStats(*tokens, *rest)
+
+    def tier_stats(self) -> "list[TierStats]":
+        """Return what each tier of the storage holds and did, the fastest first; nothing where there is none."""
+        return [] if self._blocks.stored is None else self._blocks.stored.tiers.tier_stats()
 
     # --- for the verbs of frameworks ---------------------------------------------------------------------------------
 
@@ -426,46 +336,15 @@ class PrefixCache:
             stamp: Changes whenever they may have.
             fingerprint: Computes their fingerprint; called once per stamp.
         """
-        known = self._weights.get(model)
-        if known is None or stamp not in known:
-            found = fingerprint()
-            with self._lock:
-                if self._named is None:
-                    self._named = self.namespace if self.namespace.startswith(PREFIX) else found
-                known = self._weights.setdefault(model, {})
-                # A fingerprint is a sample: of weights that changed under way, it may not tell.
-                name = "" if not known and found == self._named else f"{found} {stamp if known else ''}"
-                known.setdefault(stamp, name)
-        return known[stamp].encode()
+        return self._weights.context(model, stamp, fingerprint)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _root(self, context: bytes) -> bytes:
         return root_key(self.namespace, self._salt, context)
 
-    def _expired(self, block: Block) -> bool:
-        if block.deadline is None or self._clock() < block.deadline:
-            return False
-        self._remove(block)
-        return True
-
-    def _remove(self, block: Block) -> None:
-        self._states.remove(block.key)
-        self._states.remove(block.key + _SNAPSHOT)
-        self._forget(block)
-
-    def _forget(self, block: Block) -> None:
-        gone = not self._states.contains(block.key)
-        with self._lock:
-            if gone and self._index.get(block.key) is block:
-                self._index.discard(block.key)
-
     def _told(self, event: str, facts: Mapping[str, object]) -> None:
-        """Hear of the state cache's events: what left cannot be found any more."""
-        if event == "state_cache.release":
-            block = self._index.get(facts["key"])  # type: ignore[arg-type]
-            if block is not None:
-                self._forget(block)
+        self._blocks.told(event, facts)
         if self._trace is not None:
             self._trace(event, facts)
 
@@ -479,7 +358,7 @@ class PrefixCache:
         raise CacheCopyError(msg)
 
 
-def _check(namespace: object, salt: object, block_size: object, storage: object) -> None:
+def _check(namespace: object, salt: object, block_size: object) -> None:
     """Raise where a cache cannot be made of what it was given."""
     if not isinstance(namespace, str) or not namespace or not isinstance(salt, bytes):
         msg = (
@@ -490,13 +369,10 @@ def _check(namespace: object, salt: object, block_size: object, storage: object)
     if not isinstance(block_size, int) or block_size < 1:
         msg = f"block_size={block_size!r} is no number of tokens; pass a positive int, such as 256"
         raise InvalidSizeError(msg)
-    if storage is not None:
-        msg = "storage tiers below memory are not there yet; pass storage=None"
-        raise NotImplementedError(msg)
 
 
 def _empty() -> Match:
-    return Match([], 0, 0, 0, None)
+    return Match(None, 0, None, None, 0, 0, 0, None)
 
 
 def _take(state: Any, count: int, length: int | None, layout: KVLayout | None) -> tuple[KVState, int]:
@@ -520,15 +396,6 @@ def _take(state: Any, count: int, length: int | None, layout: KVLayout | None) -
     return held, wanted
 
 
-def _without_snapshots(state: KVState) -> KVState:
-    """The state's rows alone, borrowed: what is valid at its end only is kept apart from its last block."""
-    rows = state.lend()
-    snapshots = {name for name, leaf in state.leaves.items() if leaf.role is SNAPSHOT}
-    rows._leaves = {name: leaf for name, leaf in state.leaves.items() if name not in snapshots}
-    rows.missing = state.missing | snapshots
-    return rows
-
-
 # What a process has forked is state of the process.
 _caches: "weakref.WeakSet[PrefixCache]" = weakref.WeakSet()
 
@@ -536,6 +403,7 @@ _caches: "weakref.WeakSet[PrefixCache]" = weakref.WeakSet()
 def _forget_all() -> None:
     for cache in list(_caches):
         cache._start()
+        cache._blocks.start()
 
 
 os.register_at_fork(after_in_child=_forget_all)

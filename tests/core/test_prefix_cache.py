@@ -159,7 +159,7 @@ def test_tenants_never_meet(separated: str) -> None:
     shared = caches[0]
     shared.insert(DOCUMENT, state_of(DOCUMENT), context=contexts[0])
     # One store for both: what one tenant wrote must not be found under the other's keys.
-    caches[1]._states, caches[1]._index = shared._states, shared._index  # noqa: SLF001
+    caches[1]._blocks = shared._blocks  # noqa: SLF001
     assert hit(caches[0], DOCUMENT, context=contexts[0]) == 29
     assert hit(caches[1], DOCUMENT, context=contexts[1]) == 0
 
@@ -167,7 +167,7 @@ def test_tenants_never_meet(separated: str) -> None:
 def test_other_tokens_under_the_right_key_are_a_miss_and_go() -> None:
     cache = make()
     cache.insert(DOCUMENT, state_of(DOCUMENT))
-    second = next(block for block in cache._index if block.length == BLOCK and block.tokens[0] == 108)  # noqa: SLF001
+    second = next(block for block in cache._blocks._index if block.length == BLOCK and block.tokens[0] == 108)  # noqa: SLF001
     second.tokens = second.tokens[:-1] + b"\7"
     assert hit(cache, DOCUMENT) == 8
     assert cache.stats().mismatches == 1
@@ -302,8 +302,8 @@ def test_warm_makes_prompts_the_newest() -> None:
 def test_an_orphan_is_found_again_with_its_parent() -> None:
     cache = make()
     cache.insert(DOCUMENT[:24], state_of(DOCUMENT[:24]))
-    first = next(block for block in cache._index if block.tokens[0] == 100)  # noqa: SLF001
-    cache._remove(first)  # noqa: SLF001 - what an eviction does
+    first = next(block for block in cache._blocks._index if block.tokens[0] == 100)  # noqa: SLF001
+    cache._blocks.remove(first)  # noqa: SLF001 - what an eviction does
     assert hit(cache, DOCUMENT) == 0
     assert cache.insert(DOCUMENT[:24], state_of(DOCUMENT[:24])) == 1
     assert hit(cache, DOCUMENT) == 24

@@ -1,0 +1,240 @@
+"""StoredBlocks: a prefix cache's blocks in a storage, where they outlive eviction, the process and the machine.
+
+A block goes down when it comes in, so that its eviction has nothing to wait for: one copy to host memory, from where
+slower tiers are written in the background. It comes up when a match lacks it, with all that follow it, as far as that
+is faster than computing them.
+"""
+
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from agnostic_cache.errors import BlobError
+from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.prefix.chain import TOKEN_BYTES, next_key
+from agnostic_cache.prefix.index import Block, has_snapshots, windows_of
+from agnostic_cache.state.blob import Blob, encode
+from agnostic_cache.state.kv_state import KVState
+from agnostic_cache.state.layout import KVLayout
+from agnostic_cache.state.safetensors import Parts
+from agnostic_cache.storage.backend import StorageBackend
+from agnostic_cache.storage.guard import GuardedStorage
+from agnostic_cache.storage.memory import MemoryStorage
+from agnostic_cache.storage.registry import open_storage
+from agnostic_cache.storage.tiered import TieredStorage
+
+_logger = logging.getLogger("agnostic_cache.prefix")
+_STAGING = "memory://?max_bytes=256MiB"  # before a storage that is no memory: nobody waits for a disk or a network
+
+
+def open_tiers(storage: str | StorageBackend | Sequence[str]) -> TieredStorage:
+    """Return a storage as tiers, of which the first is host memory.
+
+    Args:
+        storage: A URL, several from fast to slow, or a storage, which is taken over.
+
+    Raises:
+        AgnosticCacheError: See `open_storage`.
+    """
+    if isinstance(storage, TieredStorage):
+        return storage
+    tiers = [storage] if isinstance(storage, StorageBackend) else list(map(open_storage, _urls(storage)))
+    first = tiers[0].backend if isinstance(tiers[0], GuardedStorage) else tiers[0]
+    return TieredStorage(tiers if isinstance(first, MemoryStorage) else [open_storage(_STAGING), *tiers])
+
+
+def _urls(storage: str | Sequence[str]) -> Sequence[str]:
+    return [storage] if isinstance(storage, str) else storage
+
+
+class StoredBlock(NamedTuple):
+    """A block that came out of the storage.
+
+    Attributes:
+        block: What a match needs to know of it.
+        state: Its rows, in host memory.
+        framework: Of the arrays that they were stored from.
+    """
+
+    block: Block
+    state: KVState
+    framework: str
+
+
+class _Look(threading.local):
+    """What a thread's last match found in the storage, and when.
+
+    Attributes:
+        data: The prompt.
+        hit: Tokens of it that need not be computed.
+        at: When their computation began.
+        blocks: Blocks that are in the storage, by key.
+        ends: Keys of blocks at whose end a snapshot is in the storage; None before anybody asked.
+    """
+
+    def __init__(self) -> None:
+        """Have found nothing."""
+        self.data, self.hit, self.at = b"", 0, 0.0
+        self.blocks: dict[bytes, Block] = {}
+        self.ends: set[bytes] | None = None
+
+
+class StoredBlocks:
+    """Blocks under the names of their keys. Safe to use from several threads.
+
+    Attributes:
+        tiers: The storage.
+        seconds_per_token: What the caller takes to compute a token, as far as was seen; None before that.
+        mismatches: Blocks that were damaged, or not what their key says: removed.
+    """
+
+    def __init__(
+        self,
+        tiers: TieredStorage,
+        block_size: int,
+        layout: KVLayout | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Take over a storage.
+
+        Args:
+            tiers: The storage.
+            block_size: Tokens per block.
+            layout: Layout that states shall carry.
+            clock: Seconds, to measure with.
+        """
+        self.tiers = tiers
+        self.seconds_per_token: float | None = None
+        self.mismatches = 0
+        self._block_size = block_size
+        self._layout = layout
+        self._clock = clock
+        self._look = _Look()
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def load(self, parent: bytes, data: bytes) -> list[StoredBlock]:
+        """Return the first blocks of `data` behind `parent`, as far as they are there and worth it, in host memory."""
+        keys, pieces = self._split(parent, data)
+        seconds = self.seconds_per_token
+        worth = None if seconds is None else seconds * self._block_size
+        blobs = self.tiers.load([_name(key) for key in keys], seconds_per_key=worth)
+        found: list[StoredBlock] = []
+        for key, tokens, blob in zip(keys, pieces, blobs, strict=False):
+            read = self._read(_name(key), tokens, blob)
+            if read is None or read[0].length != self._block_size:
+                break
+            state, framework = read
+            windows = windows_of(state, 0, state.length)
+            block = Block(key, parent, tokens, windows, snapshots=has_snapshots(state), deadline=None)
+            found.append(StoredBlock(block, state, framework))
+            self._look.blocks[key] = block
+            parent = key
+        return found
+
+    def load_snapshot(self, blocks: Sequence[Block]) -> KVState | None:
+        """Return what is valid at the end of `blocks` only, in host memory."""
+        if self._look.ends is None:  # asked once: a match goes back block by block until there is one
+            keys = [block.key for block in blocks]
+            there = self.tiers.contains_many(list(map(_snapshot_name, keys)))
+            self._look.ends = {key for key, is_there in zip(keys, there, strict=True) if is_there}
+        last = blocks[-1]
+        if last.key not in self._look.ends:
+            return None
+        name = _snapshot_name(last.key)
+        blob = self.tiers.get(name)
+        read = None if blob is None else self._read(name, last.tokens, blob)
+        return None if read is None else read[0]
+
+    def prefetch(self, parent: bytes, data: bytes) -> None:
+        """Bring the blocks of `data` behind `parent` to the first tier, in the background."""
+        keys, _ = self._split(parent, data)
+        self.tiers.prefetch([_name(key) for key in keys])
+
+    def _split(self, parent: bytes, data: bytes) -> tuple[list[bytes], list[bytes]]:
+        """The keys of the blocks of `data`, and their tokens."""
+        size = self._block_size * TOKEN_BYTES
+        pieces = [data[begin : begin + size] for begin in range(0, len(data), size)]
+        keys: list[bytes] = []
+        for piece in pieces:
+            parent = next_key(parent, piece)
+            keys.append(parent)
+        return keys, pieces
+
+    def _read(self, name: str, tokens: bytes, raw: memoryview) -> tuple[KVState, str] | None:
+        """Parse a blob of these tokens, and of what framework; one that is not what its name says is removed."""
+        try:
+            blob = Blob(raw)
+            known = blob.tokens()
+            if known is not None and known.tobytes() == tokens:
+                return blob.state(layout=self._layout), blob.framework or "host"
+            found: object = "other tokens"
+        except BlobError as error:
+            found = error
+        self.mismatches += 1
+        self.tiers.remove(name)
+        _logger.warning("a stored block was no block of this prompt, which is a miss: %s", found)
+        return None
+
+    # --- in ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, data: bytes) -> None:
+        """Begin a match: forget what the last one of this thread found."""
+        self._look.blocks, self._look.ends, self._look.data = {}, None, data
+
+    def found(self, tokens: int) -> None:
+        """End a match that covers so many tokens: what is not covered is computed from now on."""
+        self._look.hit, self._look.at = tokens, self._clock()
+
+    def computed(self, data: bytes) -> None:
+        """Hear that the states of a prompt are computed; learn from it how long a token takes, at most.
+
+        The shortest time counts: most prompts also wait for their answer.
+        """
+        look = self._look
+        both, tokens = min(len(data), len(look.data)), len(data) // TOKEN_BYTES - look.hit
+        if not both or tokens < self._block_size or data[:both] != look.data[:both]:
+            return
+        seconds = (self._clock() - look.at) / tokens
+        self.seconds_per_token = min(seconds, self.seconds_per_token or seconds)
+
+    def lacks(self, block: Block) -> bool:
+        """Whether a block is to be put, as far as this thread's last match knows."""
+        known = self._look.blocks.get(block.key)
+        return known is None or block.adds_to(known)
+
+    def surpasses(self, block: Block) -> bool:
+        """Whether what is stored has rows of windows that `block`, which is to come in, lacks."""
+        known = self._look.blocks.get(block.key)
+        return known is not None and known.adds_to(block)
+
+    def lacks_snapshot(self, block: Block) -> bool:
+        """Whether a snapshot at the end of `block` is to be put, as far as this thread's last match knows."""
+        return block.key not in (self._look.ends or ())
+
+    def put(self, block: Block, state: KVState) -> None:
+        """Store a block; refused or failed, it is not there."""
+        if self.tiers.put(_name(block.key), _blob(block, state)) is PutStatus.LEGAL:
+            self._look.blocks[block.key] = block
+
+    def put_snapshot(self, block: Block, state: KVState) -> None:
+        """Store what is valid at the end of `block` only."""
+        if self.tiers.put(_snapshot_name(block.key), _blob(block, state)) is PutStatus.LEGAL:
+            self._look.ends = {*(self._look.ends or ()), block.key}
+
+
+def _name(key: bytes) -> str:
+    return key.hex()
+
+
+def _snapshot_name(key: bytes) -> str:
+    return f"{key.hex()}.snapshot"
+
+
+def _blob(block: Block, state: KVState) -> Parts:
+    tokens = array("I")
+    tokens.frombytes(block.tokens)
+    return encode(state, tokens=tokens, checksum=False)  # what leaves the process is checked by its storage
