@@ -118,7 +118,7 @@ class PrefixCache:
             exact: Match whole blocks only; see the attribute.
             ttl_seconds: How long what is inserted stays valid, unless `insert` says otherwise; by default for ever.
             trace: Hook that is told of matches, inserts, and what the state cache tells.
-            clock: Seconds for `ttl_seconds`.
+            clock: Seconds, for `ttl_seconds` and to measure how long the caller computes.
 
         Raises:
             InvalidNamespaceError: `namespace` is no str or empty, or `salt` is no bytes.
@@ -139,7 +139,7 @@ class PrefixCache:
         if storage is not None:
             from agnostic_cache.prefix.stored_blocks import StoredBlocks, open_tiers  # noqa: PLC0415 - few need them
 
-            stored = StoredBlocks(open_tiers(storage), block_size, layout)
+            stored = StoredBlocks(open_tiers(storage), block_size, layout, clock)
         states = StateCache(max_bytes, evictor=evictor, trace=self._told)
         self._blocks = BlockStore(states, block_size, granular=not exact, clock=clock, stored=stored)
         self._start()

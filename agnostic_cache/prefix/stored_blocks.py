@@ -7,7 +7,6 @@ is faster than computing them.
 
 import logging
 import threading
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -92,11 +91,7 @@ class StoredBlocks:
     """
 
     def __init__(
-        self,
-        tiers: TieredStorage,
-        block_size: int,
-        layout: KVLayout | None,
-        clock: Callable[[], float] = time.perf_counter,
+        self, tiers: TieredStorage, block_size: int, layout: KVLayout | None, clock: Callable[[], float]
     ) -> None:
         """Take over a storage.
 

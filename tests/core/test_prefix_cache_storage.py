@@ -237,8 +237,7 @@ def test_only_what_is_faster_than_computing_is_loaded() -> None:
 
     slow = Slow("1MiB")
     tiers = TieredStorage([MemoryStorage(4096 * 2), slow], clock=lambda: now)
-    cache = make(tiers)
-    cache._blocks.stored._clock = lambda: now  # type: ignore[union-attr] # noqa: SLF001
+    cache = make(tiers, clock=lambda: now)
     long = list(range(200, 248))  # six blocks, of which the memory keeps two
 
     def ask(seconds_per_token: float) -> int:
