@@ -280,10 +280,13 @@ def test_a_storage_that_fails_is_a_miss_unless_it_is_strict() -> None:
 
 
 def test_a_closed_cache_goes_on_in_memory() -> None:
-    cache = make("memory://")
+    storage = MemoryStorage("1MiB")
+    cache = make(storage)
     insert(cache, DOCUMENT)
     cache.close()
     cache.close()
+    with pytest.raises(StorageError, match="closed"):
+        storage.list_keys()
     assert cache.tier_stats() == []
     assert cache.stats().entries == hit(cache, DOCUMENT) == 0
     insert(cache, DOCUMENT)
