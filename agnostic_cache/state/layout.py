@@ -49,7 +49,7 @@ class KVLayout:
         stack_axis: Axis of stacked layers in every leaf, as in ``[layers, batch, tokens, heads, dim]``, or None.
     """
 
-    __slots__ = ("_axes", "_names", "_roles", "rotary", "stack_axis")
+    __slots__ = ("_axes", "_described", "_names", "_roles", "rotary", "stack_axis")
 
     def __init__(
         self,
@@ -83,6 +83,8 @@ class KVLayout:
         self._names = [_Pattern.of(name, target) for name, target in (names or {}).items()]
         self.stack_axis = stack_axis
         self.rotary = rotary
+        # A cache has the same names every time, and looking for one tries a pattern per leaf.
+        self._described: dict[tuple[str, int], tuple[str, Hint]] = {}
 
     def declares(self, name: str) -> bool:
         """Say whether a role is declared for the leaf `name`."""
@@ -94,6 +96,10 @@ class KVLayout:
         Raises:
             StructureMismatchError: The declared axes do not fit an array of `ndim` axes.
         """
+        found = self._described.get((name, ndim))
+        return found if found is not None else self._described.setdefault((name, ndim), self._describe(name, ndim))
+
+    def _describe(self, name: str, ndim: int) -> tuple[str, Hint]:
         role = next((role for pattern, role in self._roles if pattern.apply(name) is not None), SNAPSHOT)
         axes = next((axes for pattern, axes in self._axes if pattern.apply(name) is not None), None)
         canonical = next((found for pattern in self._names if (found := pattern.apply(name)) is not None), name)

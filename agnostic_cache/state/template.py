@@ -8,10 +8,11 @@ joined first: each part's rows go where they belong.
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.adapter import Adapter, Array, Fill
+from agnostic_cache.state.adapter import Adapter, Array, ArraySpec, Fill
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint, Role
@@ -30,6 +31,10 @@ class _Slot(NamedTuple):
     path: str
     array: Array | None
     hint: Hint | None
+
+    @property
+    def role(self) -> Role | None:
+        return None if self.hint is None else self.hint.role
 
 
 class _Piece(NamedTuple):
@@ -54,11 +59,21 @@ class _Piece(NamedTuple):
     owner: "KVState"
 
 
+class _Part(NamedTuple):
+    """One of the adjacent parts of a state: its leaves, the token that it begins with, and its tokens."""
+
+    owner: "KVState"
+    leaves: Mapping[str, Leaf]
+    begin: int
+    length: int
+
+
 def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | None") -> Any:
     """Write the adjacent `parts` of a state into `like`; see `KVState.unwrap`."""
     adapter = adapter_for(like)
     parts = [part if part.framework == adapter.framework else part.to(adapter.framework) for part in parts]
-    last, length = parts[-1], sum(part.length for part in parts)
+    last, lengths = parts[-1], [part.length for part in parts]
+    length = sum(lengths)
     like = adapter.prepare_like(like, length, _layers(last))
     flat = flatten(like, adapter)
     if layout is None and len(flat.hints) < len(flat.arrays):
@@ -69,6 +84,10 @@ def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | 
                 f"the state's keys are rotated {part.rotary!r}, the template expects {layout.rotary!r}; recompute them"
             )
             raise StructureMismatchError(msg)
+    placed = [
+        _Part(part, part.leaves, end - count, count)
+        for part, count, end in zip(parts, lengths, accumulate(lengths), strict=True)
+    ]
     slots = _slots(flat, layout, adapter)
     given_up = {id(slot.array) for slot in slots.values()}
     arrays: dict[str, Array] = {}
@@ -77,13 +96,13 @@ def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | 
     taken: set[str] = set()
     vacant = _vacant(last._node) - last.leaves.keys() - last.missing
     for name, slot in slots.items():
-        if slot.hint is not None and slot.hint.role is LENGTH:
+        if slot.role is LENGTH:
             if slot.array is not None:
                 counters[slot.path] = slot.array
             continue
         if slot.array is None and name in vacant:
             continue
-        pieces = _pieces(name, slot, parts, adapter)
+        pieces = _pieces(name, slot, placed, adapter)
         taken.update(piece.name for piece in pieces)
         if slot.array is None:
             arrays[slot.path] = _given(pieces, slot, adapter, length)
@@ -92,7 +111,7 @@ def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | 
             if id(fill.source) in given_up:  # it would be written, or deleted, before it is read
                 fill = fill._replace(source=adapter.copy_all([fill.source])[0])  # noqa: PLW2901
             fills.append((slot.path, fill))
-    left = {name for part in parts for name, leaf in part.leaves.items() if leaf.role is not LENGTH} - taken
+    left = {name for part in placed for name, leaf in part.leaves.items() if leaf.role is not LENGTH} - taken
     if left:
         msg = f"the template has no leaf for {sorted(left)[:4]} of the state; pass a layout whose names= map it"
         raise StructureMismatchError(msg)
@@ -141,17 +160,18 @@ def _slots(flat: Flat, layout: "KVLayout | None", adapter: Adapter) -> dict[str,
     return slots
 
 
-def _pieces(name: str, slot: _Slot, parts: Sequence["KVState"], adapter: Adapter) -> list[_Piece]:
+def _pieces(name: str, slot: _Slot, parts: Sequence[_Part], adapter: Adapter) -> list[_Piece]:
     """What each part has for a slot; of a snapshot, only what the last part has."""
+    last = parts[-1]
     found: list[_Piece] = []
-    begin = 0
     for part in parts:
-        if not (part is not parts[-1] and part.missing and name in part.missing):
-            found += [
-                _Piece(*source, begin, part.length, part) for source in _sources(name, slot, part.leaves, adapter)
-            ]
-        begin += part.length
-    return [piece for piece in found if piece.owner is parts[-1] or piece.leaf.role is not SNAPSHOT]
+        owner, leaves, begin, length = part
+        if part is not last and name in owner.missing:
+            continue
+        for wanted, leaf, target_layer, source_layer in _sources(name, slot, leaves, adapter):
+            if part is last or leaf.role is not SNAPSHOT:
+                found.append(_Piece(wanted, leaf, target_layer, source_layer, begin, length, owner))
+    return found
 
 
 def _sources(
@@ -179,107 +199,144 @@ def _sources(
 
 def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, length: int) -> list[Fill]:
     """The writes that bring all pieces into the buffer of a slot."""
+    spec = adapter.describe(slot.array)
     fills = []
     for layer in {piece.target_layer: None for piece in pieces}:  # in order
         of_layer = [piece for piece in pieces if piece.target_layer == layer]
-        shapes = [_checked(name, piece, slot, adapter) for piece in of_layer]
-        spans = _spans(name, of_layer, slot, [rows for _, rows, _ in shapes], shapes[0][2], length)
-        for piece, (axes, _, _), span in zip(of_layer, shapes, spans, strict=True):
-            if span is not None:
-                fills.append(_fill(piece, slot.array, axes, span))
+        held = tuple(_held(piece, adapter.describe(piece.leaf.array)) for piece in of_layer)
+        try:
+            moves = _moves(held, spec, slot.hint, layer, length, role=slot.role)
+        except StructureMismatchError as error:
+            raise _named(name, error) from None
+        for piece, move in zip(of_layer, moves, strict=True):
+            if move is not None:
+                at, source_at, order = move
+                fills.append(Fill(slot.array, at, piece.leaf.array, source_at, order))
     return fills
 
 
-def _checked(name: str, piece: _Piece, slot: _Slot, adapter: Adapter) -> tuple[tuple[str, ...], int, int]:
+class _Held(NamedTuple):
+    """What is known of a piece without its array, so that the pieces of one layer and of the next compare equal."""
+
+    spec: ArraySpec
+    role: Role
+    kind: type  # of the role, because NamedTuples of two classes may be equal
+    axes: tuple[str, ...]
+    first: int
+    layer: int | None  # of a stacked leaf
+    begin: int
+    length: int
+
+
+def _held(piece: _Piece, spec: ArraySpec) -> _Held:
+    _, (_, role, axes, _, first), _, layer, begin, length, _ = piece
+    return _Held(spec, role, type(role), axes, first, layer, begin, length)
+
+
+_Move = tuple[tuple[int | slice, ...], tuple[int | slice, ...], tuple[int, ...]]
+"""`at`, `source_at` and `order` of a `Fill`."""
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # the layers of a model ask the same, one after another
+def _moves(
+    pieces: tuple[_Held, ...], spec: ArraySpec, hint: Hint | None, layer: int | None, length: int, *, role: Role | None
+) -> list[_Move | None]:
+    """Which rows of the pieces go where in a slot, or in one `layer` of it; None for a piece that is of no use.
+
+    `role` is that of `hint`, once more: ``typed`` looks no deeper.
+
+    Raises:
+        StructureMismatchError: They do not fit. The text goes on behind the name of the leaf.
+    """
+    fits = [_checked(piece, spec, hint, layer) for piece in pieces]
+    extents = [
+        _extent(piece.role, piece.first, piece.begin, piece.length, rows)
+        for piece, (_, rows, _) in zip(pieces, fits, strict=True)
+    ]
+    spans = _spans(tuple(extents), pieces[-1].role, role, fits[0][2], length)
+    return [
+        None if span is None else _move(piece, axes, layer, span)
+        for piece, (axes, _, _), span in zip(pieces, fits, spans, strict=True)
+    ]
+
+
+def _checked(piece: _Held, spec: ArraySpec, hint: Hint | None, layer: int | None) -> tuple[tuple[str, ...], int, int]:
     """Axes of the slot, and the rows that the piece has and the slot has room for; raises where they do not fit."""
-    leaf = piece.leaf
-    spec, held = adapter.describe(slot.array), adapter.describe(leaf.array)
-    axes = slot.hint.axes if slot.hint is not None and len(slot.hint.axes) == len(spec.shape) else leaf.axes
-    if slot.hint is not None and slot.hint.role is SNAPSHOT and leaf.role is not SNAPSHOT:
-        axes = leaf.axes  # a layout that says nothing of this leaf
-    left = [axis for axis in axes if piece.target_layer is None or axis != "layers"]
-    right = [axis for axis in leaf.axes if piece.source_layer is None or axis != "layers"]
+    held = piece.spec
+    axes = hint.axes if hint is not None and len(hint.axes) == len(spec.shape) else piece.axes
+    if hint is not None and hint.role is SNAPSHOT and piece.role is not SNAPSHOT:
+        axes = piece.axes  # a layout that says nothing of this leaf
+    left = [axis for axis in axes if layer is None or axis != "layers"]
+    right = [axis for axis in piece.axes if piece.layer is None or axis != "layers"]
     if spec.dtype != held.dtype or sorted(left) != sorted(right) or len(axes) != len(spec.shape):
         msg = (
-            f"leaf {name!r} is {held.dtype} {dict(zip(leaf.axes, held.shape, strict=True))} in the state and "
+            f"is {held.dtype} {dict(zip(piece.axes, held.shape, strict=True))} in the state and "
             f"{spec.dtype} {spec.shape} with axes {axes} in the template; "
             "make the template with the state's dtype and axes"
         )
         raise StructureMismatchError(msg)
-    tokens = _token_axis(leaf)
+    tokens = _token_axis(piece)
     rows = room = 0
     for axis in left:
-        has, gets = held.shape[leaf.axes.index(axis)], spec.shape[axes.index(axis)]
+        has, gets = held.shape[piece.axes.index(axis)], spec.shape[axes.index(axis)]
         if axis == tokens:
             rows, room = has, gets
         elif gets != has:
-            msg = (
-                f"leaf {name!r} has {axis}={has} in the state and {gets} in the template; make a template of the "
-                "state's shape"
-            )
+            msg = f"has {axis}={has} in the state and {gets} in the template; make a template of the state's shape"
             raise StructureMismatchError(msg)
     return axes, rows, room
 
 
-def _fill(piece: _Piece, target: Array, axes: tuple[str, ...], span: tuple[slice, slice]) -> Fill:
-    leaf = piece.leaf
+def _move(piece: _Held, axes: tuple[str, ...], layer: int | None, span: tuple[slice, slice]) -> _Move:
     index: list[int | slice] = [slice(None)] * len(axes)
-    source_index: list[int | slice] = [slice(None)] * len(leaf.axes)
-    if piece.target_layer is not None:
-        index[axes.index("layers")] = piece.target_layer
-    if piece.source_layer is not None:
-        source_index[leaf.axes.index("layers")] = piece.source_layer
-    tokens = _token_axis(leaf)
+    source_index: list[int | slice] = [slice(None)] * len(piece.axes)
+    if layer is not None:
+        index[axes.index("layers")] = layer
+    if piece.layer is not None:
+        source_index[piece.axes.index("layers")] = piece.layer
+    tokens = _token_axis(piece)
     if tokens is not None:
-        source_index[leaf.axes.index(tokens)], index[axes.index(tokens)] = span
-    right = [axis for axis in leaf.axes if piece.source_layer is None or axis != "layers"]
-    order = tuple(right.index(axis) for axis in axes if piece.target_layer is None or axis != "layers")
-    return Fill(target, tuple(index), leaf.array, tuple(source_index), order)
+        source_index[piece.axes.index(tokens)], index[axes.index(tokens)] = span
+    right = [axis for axis in piece.axes if piece.layer is None or axis != "layers"]
+    order = tuple(right.index(axis) for axis in axes if layer is None or axis != "layers")
+    return tuple(index), tuple(source_index), order
 
 
-def _token_axis(leaf: Leaf) -> str | None:
-    return leaf.axes[leaf.role.axis] if isinstance(leaf.role, TOKENS | WINDOW) else None
+def _token_axis(piece: _Held) -> str | None:
+    return piece.axes[piece.role.axis] if isinstance(piece.role, TOKENS | WINDOW) else None
 
 
+_Extent = tuple[int, int, int | None, int]
+"""Of a piece: the token that it begins with, its tokens, of a window its first row, and its rows."""
+
+
+def _extent(role: Role, first: int, begin: int, length: int, rows: int) -> _Extent:
+    return begin, length, None if type(role) is TOKENS else first, rows
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # NamedTuples of two classes may be equal; roles are looked at by type
 def _spans(
-    name: str, pieces: Sequence[_Piece], slot: _Slot, rows: Sequence[int], room: int | None, length: int
+    extents: tuple[_Extent, ...], own: Role, asked: Role | None, room: int | None, length: int
 ) -> list[tuple[slice, slice] | None]:
     """Which rows of each piece go to which rows of a slot, which has room for any number where `room` is None.
 
     Where a slot is a window, its rows stand for the last tokens, or for the first where it has room for all of them.
 
+    Args:
+        extents: The pieces.
+        own: Their role.
+        asked: That of the slot, where it has one.
+        room: Rows of the slot.
+        length: Tokens of all pieces.
+
     Raises:
         StructureMismatchError: The slot needs rows that the pieces have no more, has no room for them, or its rows
-            stand for another number of tokens.
+            stand for another number of tokens. The text goes on behind the name of the leaf.
     """
-    leaf = pieces[-1].leaf
-    if _token_axis(leaf) is None:
-        return [(slice(None), slice(None)) for _ in pieces]
-    role = slot.hint.role if slot.hint is not None and isinstance(slot.hint.role, TOKENS | WINDOW) else leaf.role
-    stride = leaf.role.stride if isinstance(leaf.role, TOKENS) else 1
-    held = [
-        (piece.begin, piece.length, None if type(piece.leaf.role) is TOKENS else piece.leaf.first, count)
-        for piece, count in zip(pieces, rows, strict=True)
-    ]
-    spans, start, reach = _placed(tuple(held), role, stride, room, length)
-    if spans is None:
-        msg = (
-            f"leaf {name!r} is {leaf.role} with rows [{start}, {reach}) in the state, and {role} with room for "
-            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
-            "buffers, or cut the state"
-        )
-        raise StructureMismatchError(msg)
-    return spans
-
-
-@functools.lru_cache(maxsize=64)  # the layers of a model ask the same, one after another
-def _placed(
-    held: tuple[tuple[int, int, int | None, int], ...], role: Role, stride: int, room: int | None, length: int
-) -> tuple[list[tuple[slice, slice] | None] | None, int, int]:
-    """Return a span per piece, or None where they do not fit, and which rows are there without a gap.
-
-    A piece is given by the token that it begins with, its tokens, for a window its first row, and its rows.
-    """
+    if not isinstance(own, TOKENS | WINDOW):
+        return [(slice(None), slice(None)) for _ in extents]
+    role = asked if isinstance(asked, TOKENS | WINDOW) else own
+    stride = own.stride if isinstance(own, TOKENS) else 1
     end = length // stride
     if isinstance(role, WINDOW):
         needed = max(0, end - role.width)
@@ -287,10 +344,10 @@ def _placed(
         fits = stride == 1
     else:
         needed = begin = 0
-        fits = isinstance(role, TOKENS) and role.stride == stride and (room is None or room >= end)
+        fits = role.stride == stride and (room is None or room >= end)
     spans: list[tuple[slice, slice] | None] = []
     start = reach = 0  # holds: rows [start, reach) are there without a gap
-    for i, (token, tokens, window, count) in enumerate(held):
+    for i, (token, tokens, window, count) in enumerate(extents):
         first = token // stride if window is None else token + window
         stop = first + tokens // stride if window is None else min(first + count, token + tokens)
         if first > reach:
@@ -299,11 +356,22 @@ def _placed(
         low = max(first, begin)
         if low < stop:
             spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)))
-        elif i == len(held) - 1 and not any(spans):  # a state of no tokens still uses its buffers up
+        elif i == len(extents) - 1 and not any(spans):  # a state of no tokens still uses its buffers up
             spans.append((slice(0, 0), slice(0, 0)))
         else:
             spans.append(None)
-    return (spans if fits and max(start, begin) <= needed and reach >= end else None), start, reach
+    if not fits or max(start, begin) > needed or reach < end:
+        msg = (
+            f"is {own} with rows [{start}, {reach}) in the state, and {role} with room for "
+            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
+            "buffers, or cut the state"
+        )
+        raise StructureMismatchError(msg)
+    return spans
+
+
+def _named(name: str, error: StructureMismatchError) -> StructureMismatchError:
+    return StructureMismatchError(f"leaf {name!r} {error}")
 
 
 def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int) -> Array:
@@ -314,10 +382,17 @@ def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int)
         shape[piece.leaf.role.axis] if isinstance(piece.leaf.role, TOKENS | WINDOW) else 0
         for piece, shape in zip(pieces, shapes, strict=True)
     ]
+    extents = [
+        _extent(piece.leaf.role, piece.leaf.first, piece.begin, piece.length, count)
+        for piece, count in zip(pieces, rows, strict=True)
+    ]
+    try:
+        spans = _spans(tuple(extents), pieces[-1].leaf.role, slot.role, None, length)
+    except StructureMismatchError as error:
+        raise _named(slot.path, error) from None
     frozen = slot.hint is not None and slot.hint.frozen
     views: list[Array] = []
     axis: int | None = None
-    spans = _spans(slot.path, pieces, slot, rows, None, length)
     for piece, array, count, span in zip(pieces, arrays, rows, spans, strict=True):
         if span is None:
             continue

@@ -154,6 +154,19 @@ class TemplateSuite(Subject):
         with pytest.raises(StructureMismatchError):
             state.unwrap(like={"w": self.make((3, 2), Dtype.FLOAT32, 1)})
 
+    def test_a_window_of_one_row_is_no_row_per_token(self) -> None:
+        native = {"a": self.make((5, 2), Dtype.FLOAT32, 0)}
+        state = wrap(native, layout=KVLayout({"a": TOKENS(0)})).copy()
+        roles: tuple[Role, Role] = (TOKENS(0, 1), WINDOW(0, 1))  # equal as tuples
+        for role in (*roles, *reversed(roles)):
+            layout, buffer = KVLayout({"a": role}), self.make((3, 2), Dtype.FLOAT32, 1)
+            if isinstance(role, WINDOW):
+                filled = state.unwrap(like={"a": buffer}, layout=layout)
+                assert self.grid(filled["a"]) == self.grid(native["a"]).take(0, 2, 5)
+            else:
+                with pytest.raises(StructureMismatchError):
+                    state.unwrap(like={"a": buffer}, layout=layout)
+
     # --- what does not fit -------------------------------------------------------------------------------------------
 
     def test_a_template_that_does_not_fit_is_refused_and_untouched(self) -> None:

@@ -54,26 +54,32 @@ def compilations() -> Iterator[list[str]]:
 
 
 def test_fifty_lengths_compile_nothing() -> None:
+    """The last of them fills the buffers, where a write of whole blocks would be shifted."""
     tokens = list(range(ROWS))
-    buffers = [init_kv() for _ in range(60)]
-    states = {length: computed(tokens[:length]) for length in range(20, 71)}
+    lengths = range(ROWS - 49, ROWS + 1)
+    buffers = [init_kv() for _ in range(2 * len(lengths) + 2)]
+    states = {length: computed(tokens[:length]) for length in lengths}
+    whole, inserted = computed(tokens), make()
     cache = make()
-    for length in (30, 45):
+    for length in (40, 50):  # the warm-up
         store(cache, tokens[:length], states[length])
         resume(cache, tokens[:length], buffers.pop())
     with compilations() as events:
         jnp.ones(3)[:2].sum()
         assert events  # the listener hears
         events.clear()
-        for length in range(21, 71):
+        for length in lengths:
             cache.clear()
             store(cache, [*tokens[: length - 1], 99], states[length])
-            kv, start = resume(cache, [*tokens[:length], 7], buffers.pop())
-            assert start == length - 1
-            assert not events
-            rows = np.asarray(kv[2]["key"])[0, :start, 0, 0]
-            assert rows.tolist() == [token + 2 for token in tokens[:start]]
-            assert not np.asarray(kv[2]["key"])[0, start:].any()
+            inserted.clear()
+            inserted.insert(tokens, whole, length=length)
+            for held, known in ((cache, length - 1), (inserted, min(length, ROWS - 1))):
+                kv, start = resume(held, [*tokens[:length], 199], buffers.pop())
+                assert not events
+                assert start == known
+                rows = np.asarray(kv[2]["key"])[0, :, 0, 0]
+                assert rows[:start].tolist() == [token + 2 for token in tokens[:start]]
+                assert not rows[start:].any()
 
 
 def test_buffers_are_used_up_and_the_entry_is_not() -> None:
