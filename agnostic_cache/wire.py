@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from agnostic_cache.errors import UnsupportedDtypeError, WireError
 from agnostic_cache.state.dtypes import Dtype
@@ -27,7 +27,7 @@ MAX_LENGTH: Final = 2**31 - 1
 """Bytes of a body."""
 
 _REQUEST: Final = struct.Struct(f"<9i{MAX_KEY_LENGTH}s")
-_RESPONSE: Final = struct.Struct("<9i")
+_NUMBERS: Final = struct.Struct("<9i")
 _DIMENSIONS: Final = 4
 _LOCATIONS: Final = (None, "LocalCPUBackend", "LocalDiskBackend")
 _DTYPES: Final[dict[int, Dtype | None]] = {
@@ -93,6 +93,7 @@ class MemoryFormat(enum.IntEnum):
 
 
 _Enum = TypeVar("_Enum", bound=enum.IntEnum)
+_Body: TypeAlias = tuple[int, MemoryFormat, Dtype | None, tuple[int, ...], str | None]  # what a header says of one
 _BINARY: Final = (MemoryFormat.BINARY, MemoryFormat.BINARY_BUFFER)
 
 
@@ -123,6 +124,7 @@ class CacheEngineKey:
     dtype: Dtype
     request_configs: Mapping[str, Any] | None = field(default=None, compare=False)
     tags: tuple[tuple[str, str], ...] | None = field(init=False, default=None)
+    _text: str = field(init=False, default="", repr=False, compare=False)  # once `to_string` was asked
 
     def __post_init__(self) -> None:
         """Normalise what callers may give in several forms."""
@@ -149,8 +151,11 @@ class CacheEngineKey:
 
     def to_string(self) -> str:
         """Return the key as text; equal for equal keys."""
-        parts = [self.model_name, str(self.world_size), str(self.worker_id), self.chunk_hash_hex, _NAME_OF[self.dtype]]
-        return "@".join((*parts, *self._layer(), *(f"{name}%{value}" for name, value in self.tags or ())))
+        if not self._text:
+            numbers = str(self.world_size), str(self.worker_id), self.chunk_hash_hex, _NAME_OF[self.dtype]
+            tags = (f"{name}%{value}" for name, value in self.tags or ())
+            object.__setattr__(self, "_text", "@".join((self.model_name, *numbers, *self._layer(), *tags)))
+        return self._text
 
     def _layer(self) -> tuple[str, ...]:
         return ()
@@ -208,12 +213,7 @@ def parse_cache_key(key_str: str) -> CacheEngineKey | LayerCacheEngineKey:
     Raises:
         WireError: It is no key.
     """
-    return _parsed(key_str.strip())
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> CacheEngineKey | LayerCacheEngineKey:
-    """Read a key: half the time of reading a header, and the same keys are asked for again and again."""
+    text = key_str.strip()
     found = _KEY.fullmatch(text)
     if found is None:
         form = "model@world_size@worker_id@hash@dtype[@layer][@tag%value...]"
@@ -227,8 +227,34 @@ def _parsed(text: str) -> CacheEngineKey | LayerCacheEngineKey:
     return LayerCacheEngineKey(found["model"], *numbers, _NAMES[found["dtype"]], configs, layer_id=int(found["layer"]))
 
 
-@dataclass(slots=True)
-class ClientMetaMessage:
+class _Message:
+    """What requests and answers say of a body."""
+
+    length: int
+    fmt: MemoryFormat
+    dtype: Dtype | None
+    shape: tuple[int, ...]
+    location: str | None
+
+    def __post_init__(self) -> None:
+        """Take torch's dtypes and sizes for their names and tuples."""
+        self.dtype = None if self.dtype is None else _dtype(self.dtype)
+        self.shape = tuple(self.shape)
+
+    def _codes(self) -> tuple[int, int, int]:
+        """Return the codes of format, dtype and location, the length of the body being checked."""
+        code = 0 if self.dtype is None else self.dtype.lm_code
+        if code is None or self.location not in _LOCATIONS or not 0 <= self.length <= MAX_LENGTH:
+            msg = (
+                f"a body of {self.length} bytes of {self.dtype} at {self.location!r} cannot be sent; the wire "
+                f"takes up to {MAX_LENGTH} bytes of {', '.join(sorted({str(dtype) for dtype in _DTYPES.values()}))}"
+            )
+            raise WireError(msg)
+        return self.fmt, code, _LOCATIONS.index(self.location)
+
+
+@dataclass
+class ClientMetaMessage(_Message):
     """A request, 186 bytes: what is asked, the shape of a body that may follow, and the key.
 
     Attributes:
@@ -249,11 +275,6 @@ class ClientMetaMessage:
     shape: tuple[int, ...]
     location: str | None = None
 
-    def __post_init__(self) -> None:
-        """Take torch's dtypes and sizes for their names and tuples."""
-        self.dtype = None if self.dtype is None else _dtype(self.dtype)
-        self.shape = tuple(self.shape)
-
     def serialize(self) -> bytes:
         """Return the message as bytes.
 
@@ -264,7 +285,7 @@ class ClientMetaMessage:
         if len(key) > MAX_KEY_LENGTH:
             msg = f"the key takes {len(key)} bytes, and {MAX_KEY_LENGTH} fit; use a shorter model name or fewer tags"
             raise WireError(msg)
-        fmt, dtype, location = _codes(self)
+        fmt, dtype, location = self._codes()
         shape = _padded(self.shape)
         return _REQUEST.pack(self.command, self.length, fmt, dtype, location, *shape, key.ljust(MAX_KEY_LENGTH))
 
@@ -275,15 +296,9 @@ class ClientMetaMessage:
         Raises:
             WireError: A field means nothing: what follows on that connection cannot be trusted.
         """
-        command, length, fmt, dtype, location, *shape, key = _unpack(_REQUEST, data)
-        try:
-            text = key.decode()
-        except UnicodeDecodeError as error:
-            msg = f"the key is not UTF-8: {error.reason} at byte {error.start}"
-            raise WireError(msg) from error
-        key_of = parse_cache_key(text)
-        command = _member(ClientCommand, command)
-        return ClientMetaMessage(command, key_of, *_described(length, fmt, dtype, shape, location))
+        data = _of_size(data, _REQUEST.size)
+        command, body = _asked(data[:-MAX_KEY_LENGTH])
+        return ClientMetaMessage(command, _key(data[-MAX_KEY_LENGTH:]), *body)
 
     @staticmethod
     def packlength() -> int:
@@ -291,8 +306,8 @@ class ClientMetaMessage:
         return _REQUEST.size
 
 
-@dataclass(slots=True)
-class ServerMetaMessage:
+@dataclass
+class ServerMetaMessage(_Message):
     """A response, 36 bytes. Attributes as those of `ClientMetaMessage`."""
 
     code: ServerReturnCode
@@ -302,19 +317,14 @@ class ServerMetaMessage:
     shape: tuple[int, ...]
     location: str | None = None
 
-    def __post_init__(self) -> None:
-        """Take torch's dtypes and sizes for their names and tuples."""
-        self.dtype = None if self.dtype is None else _dtype(self.dtype)
-        self.shape = tuple(self.shape)
-
     def serialize(self) -> bytes:
         """Return the message as bytes.
 
         Raises:
             WireError: The body is too long, the shape has more than 4 axes, or the dtype has no code.
         """
-        fmt, dtype, location = _codes(self)
-        return _RESPONSE.pack(self.code, self.length, fmt, dtype, *_padded(self.shape), location)
+        fmt, dtype, location = self._codes()
+        return _NUMBERS.pack(self.code, self.length, fmt, dtype, *_padded(self.shape), location)
 
     @staticmethod
     def deserialize(data: bytes | bytearray | memoryview) -> "ServerMetaMessage":
@@ -323,14 +333,14 @@ class ServerMetaMessage:
         Raises:
             WireError: A field means nothing.
         """
-        code, length, fmt, dtype, *shape, location = _unpack(_RESPONSE, data)
+        code, length, fmt, dtype, *shape, location = _NUMBERS.unpack(_of_size(data, _NUMBERS.size))
         code = _member(ServerReturnCode, code)
         return ServerMetaMessage(code, *_described(length, fmt, dtype, shape, location))
 
     @staticmethod
     def packlength() -> int:
         """Return the bytes of a response."""
-        return _RESPONSE.size
+        return _NUMBERS.size
 
 
 def removal(key: CacheEngineKey) -> ClientMetaMessage:
@@ -357,11 +367,32 @@ def _dtype(given: Any) -> Dtype:
         raise WireError(str(error)) from error
 
 
-def _unpack(layout: struct.Struct, data: bytes | bytearray | memoryview) -> tuple[Any, ...]:
-    if len(data) != layout.size:
-        msg = f"a header of {len(data)} bytes; it has {layout.size}"
+def _of_size(data: bytes | bytearray | memoryview, nbytes: int) -> bytes:
+    if len(data) != nbytes:
+        msg = f"a header of {len(data)} bytes; it has {nbytes}"
         raise WireError(msg)
-    return layout.unpack(data)
+    return bytes(data)
+
+
+# Reading a header would take longer than all else that a server does to say whether a key is there. Most headers say of
+# their bodies what others said, of keys that were asked for a moment ago.
+
+
+@functools.lru_cache(maxsize=1024)
+def _asked(numbers: bytes) -> tuple[ClientCommand, _Body]:
+    """Read what stands before the key of a request."""
+    command, length, fmt, dtype, location, *shape = _NUMBERS.unpack(numbers)
+    return _member(ClientCommand, command), _described(length, fmt, dtype, shape, location)
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(padded: bytes) -> CacheEngineKey:
+    """Read the key of a request."""
+    try:
+        return parse_cache_key(padded.decode())
+    except UnicodeDecodeError as error:
+        msg = f"the key is not UTF-8: {error.reason} at byte {error.start}"
+        raise WireError(msg) from error
 
 
 def _member(kind: type[_Enum], value: int) -> _Enum:
@@ -372,9 +403,7 @@ def _member(kind: type[_Enum], value: int) -> _Enum:
         raise WireError(msg) from error
 
 
-def _described(
-    length: int, fmt: int, dtype: int, shape: list[int], location: int
-) -> tuple[int, MemoryFormat, Dtype | None, tuple[int, ...], str | None]:
+def _described(length: int, fmt: int, dtype: int, shape: list[int], location: int) -> _Body:
     """What a header says of its body, checked."""
     if length < 0 or dtype not in _DTYPES or location not in range(len(_LOCATIONS)):
         msg = (
@@ -386,18 +415,6 @@ def _described(
     while order not in _BINARY and len(extents) > 1 and not extents[-1]:
         del extents[-1]  # what `_padded` added; a true last extent of 0 is lost on this wire
     return length, order, _DTYPES[dtype], tuple(extents), _LOCATIONS[location]
-
-
-def _codes(message: "ClientMetaMessage | ServerMetaMessage") -> tuple[int, int, int]:
-    """The codes of format, dtype and location of a message, the length of whose body is checked."""
-    code = 0 if message.dtype is None else message.dtype.lm_code
-    if code is None or message.location not in _LOCATIONS or not 0 <= message.length <= MAX_LENGTH:
-        msg = (
-            f"a body of {message.length} bytes of {message.dtype} at {message.location!r} cannot be sent; the wire "
-            f"takes up to {MAX_LENGTH} bytes of {', '.join(sorted({str(dtype) for dtype in _DTYPES.values()}))}"
-        )
-        raise WireError(msg)
-    return message.fmt, code, _LOCATIONS.index(message.location)
 
 
 def _padded(shape: Iterable[int]) -> list[int]:
