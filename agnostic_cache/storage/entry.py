@@ -18,6 +18,7 @@ VERSION: Final = "1"
 _VERSION, _PRODUCER, _KEY, _CODEC = (f"{RESERVED}{name}" for name in ("entry", "producer", "key", "codec"))
 _BLOB = "blob"
 _ESCAPES = "surrogatepass"  # any str is a key
+_ALGORITHM: Final = best_algorithm()  # now: a child forked while a library is imported would wait for it for ever
 
 
 class Facts(NamedTuple):
@@ -44,7 +45,7 @@ def seal(key: str, blob: Blob, *, codec: str = "") -> Parts:
     said = {_VERSION: VERSION, _PRODUCER: PRODUCER, _KEY: key.encode("utf-8", _ESCAPES).hex()}
     if codec:
         said[_CODEC] = codec
-    return Parts([Part(_BLOB, "U8", (nbytes,), nbytes, lambda: pieces)], said, algorithm=best_algorithm())
+    return Parts([Part(_BLOB, "U8", (nbytes,), nbytes, lambda: pieces)], said, algorithm=_ALGORITHM)
 
 
 def facts(header: Header) -> Facts:

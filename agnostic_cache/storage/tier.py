@@ -59,10 +59,11 @@ class Tier:
     def after_fork(self) -> None:
         """Let nothing wait: what did is the parent's, and so is the thread."""
         self._changed = threading.Condition()  # guards everything below; no task runs under it
-        self._tasks: deque[tuple[int, Callable[[], object]]] = deque()
-        self._pending: dict[str, int] = {}  # tasks that wait, or are being done, by key
-        self._unwritten: dict[str, memoryview | None] = {}  # what they will leave there: bytes, or nothing
-        self._bytes = 0
+        self._tasks: deque[Callable[[], object]] = deque()
+        self._unwritten: dict[str, memoryview | None] = {}  # what keys are to have there: bytes, or nothing
+        self._waiting: set[str] = set()  # those of them that a task will see to; the others' is running
+        self._coming: dict[str, int] = {}  # blobs of lower tiers on their way, by key
+        self._bytes = 0  # that all of these hold
         self._running = False  # a task is
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -78,26 +79,63 @@ class Tier:
         """Write a blob, now or in the background; return False where it was refused, or too much waits already."""
         if wait:
             return self.storage.put(key, blob) is PutStatus.LEGAL
-
-        def write() -> None:
-            try:
-                kept = self.storage.put(key, blob) is PutStatus.LEGAL
-            except StorageError:  # of one that was opened with strict=True: nobody is there to be told
-                kept = False
-            if not kept:
-                self._skipped += 1
-                self.storage.remove(key)  # what it has under that key is old
-
-        kept = self.submit(write, blob.nbytes, key, blob)
+        kept = self._leave(key, blob)
         self._skipped += not kept
         return kept
 
     def forget(self, key: str) -> None:
         """Remove what is there under a key, in the background."""
-        self.submit(lambda: self.storage.remove(key), 0, key, None)
+        self._leave(key, None)
+
+    def _leave(self, key: str, blob: memoryview | None) -> bool:
+        """Have a key get a blob, or none, whatever it was to get before; return False where too much waits already."""
+        with self._changed:
+            old = self._unwritten.get(key) if key in self._waiting else None
+            nbytes = self._bytes + (blob.nbytes if blob else 0) - (old.nbytes if old else 0)
+            if self._stopped or (blob and self._bytes and nbytes > self._limit):
+                return False
+            self._bytes = nbytes
+            self._unwritten[key] = blob
+            if key not in self._waiting:
+                self._waiting.add(key)
+                self._submit(lambda: self._see_to(key))
+        return True
+
+    def _see_to(self, key: str) -> None:
+        """Give a key what it is to get; where that is nothing, to all keys that are to get nothing."""
+        with self._changed:
+            if key not in self._waiting:  # it went with others
+                return
+            blob = self._unwritten[key]
+            keys = [key] if blob is not None else [name for name in self._waiting if self._unwritten[name] is None]
+            self._waiting.difference_update(keys)
+        try:
+            if blob is None:
+                self._remove(keys)
+            elif not self._write(key, blob):
+                self._skipped += 1
+                self.storage.remove(key)  # what it has under that key is old
+        finally:
+            with self._changed:
+                self._bytes -= blob.nbytes if blob else 0
+                for name in keys:
+                    if name not in self._waiting:
+                        del self._unwritten[name]
+
+    def _write(self, key: str, blob: memoryview) -> bool:
+        try:
+            return self.storage.put(key, blob) is PutStatus.LEGAL
+        except StorageError:  # of one that was opened with strict=True: nobody is there to be told
+            return False
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        """Remove what is there of some keys. Most were skipped and never there: one question says which."""
+        for key, is_there in zip(keys, contains_many(self.storage, keys), strict=True):
+            if is_there:
+                self.storage.remove(key)
 
     def bring_up(self, key: str, blob: memoryview, wanted: Callable[[], bool], then: Callable[[], None] | None) -> None:
-        """Write in the background what a lower tier gave.
+        """Write in the background what a lower tier gave, unless too much waits already.
 
         Args:
             key: Its key.
@@ -111,10 +149,21 @@ class Tier:
                 if wanted():
                     self.storage.put(key, blob)
             finally:
+                with self._changed:
+                    self._bytes -= blob.nbytes
+                    self._coming[key] -= 1
+                    if not self._coming[key]:
+                        del self._coming[key]
                 if then is not None:
                     then()
 
-        if not self.submit(write, blob.nbytes, key) and then is not None:
+        with self._changed:
+            fits = not self._stopped and (not self._bytes or self._bytes + blob.nbytes <= self._limit)
+            if fits:
+                self._bytes += blob.nbytes
+                self._coming[key] = self._coming.get(key, 0) + 1
+                self._submit(write)
+        if not fits and then is not None:
             then()
 
     # --- out ----------------------------------------------------------------------------------------------------------
@@ -154,7 +203,7 @@ class Tier:
     def settle(self, key: str) -> None:
         """Wait until nothing waits to be done under a key."""
         with self._changed:
-            self._changed.wait_for(lambda: key not in self._pending)
+            self._changed.wait_for(lambda: key not in self._unwritten and key not in self._coming)
 
     def remove(self, key: str) -> bool:
         """Remove a blob, behind what is being written under its key."""
@@ -163,45 +212,19 @@ class Tier:
 
     # --- the queue ----------------------------------------------------------------------------------------------------
 
-    def submit(self, task: Callable[[], object], nbytes: int = 0, key: str = "", *leaves: memoryview | None) -> bool:
-        """Have something done in the background, in order.
-
-        Args:
-            task: What is to be done.
-            nbytes: Bytes of memory that it holds until then.
-            key: What it is about.
-            leaves: Nothing, or the one thing that will be found under the key afterwards.
-
-        Returns:
-            Whether it will be done: too much may wait already.
-        """
+    def submit(self, task: Callable[[], object]) -> None:
+        """Have something done in the background, in order; nothing once the tier is stopped."""
         with self._changed:
-            if self._stopped or (nbytes and self._bytes and self._bytes + nbytes > self._limit):
-                return False
-            self._bytes += nbytes
-            self._pending[key] = self._pending.get(key, 0) + 1
-            for blob in leaves:
-                self._unwritten[key] = blob
-            self._tasks.append((nbytes, lambda: self._do(task, key)))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="agnostic-cache tier", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-        return True
+            if not self._stopped:
+                self._submit(task)
 
-    def _do(self, task: Callable[[], object], key: str) -> None:
-        try:
-            task()
-        except StorageError:  # as in `put`
-            self._skipped += 1
-        except Exception:  # the thread goes on: others wait for what is behind
-            _logger.exception("a task of a storage's queue failed")
-        finally:
-            with self._changed:
-                self._pending[key] -= 1
-                if not self._pending[key]:
-                    del self._pending[key]
-                    self._unwritten.pop(key, None)
+    def _submit(self, task: Callable[[], object]) -> None:
+        """Queue a task. The lock is held."""
+        self._tasks.append(task)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="agnostic-cache tier", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -209,15 +232,18 @@ class Tier:
                 self._changed.wait_for(lambda: self._tasks or self._stopped)
                 if not self._tasks:
                     return
-                nbytes, task = self._tasks.popleft()
+                task = self._tasks.popleft()
                 self._running = True
             try:
                 task()
+            except StorageError:  # as in `_write`
+                self._skipped += 1
+            except Exception:  # of a third party's storage; the thread goes on, for others wait for what is behind
+                _logger.exception("a task of a storage's queue failed")
             finally:
                 del task  # it holds memory of the first tier
                 with self._changed:
                     self._running = False
-                    self._bytes -= nbytes
                     self._changed.notify_all()
 
     def flush(self) -> None:

@@ -77,7 +77,11 @@ class TieredStorage(StorageBackend):
     # --- in -----------------------------------------------------------------------------------------------------------
 
     def put(self, key: str, blob: Blob) -> PutStatus:
-        """See `StorageBackend.put`; ``LEGAL`` where some tier has it, or will."""
+        """See `StorageBackend.put`; ``LEGAL`` where some tier has it, or where it waits to be written to one.
+
+        Where the first tier refused it and the one that it waits for does so later, nobody has it, and `tier_stats`
+        counts it as skipped.
+        """
         check_key(key)
         self._check_open()
         first, *others = self._tiers

@@ -52,10 +52,15 @@ class Gated(MemoryStorage):
         self.gate.set()
         self.clock, self.seconds = clock if clock is not None else [0.0], seconds
         self.batches: list[list[str]] = []
+        self.questions = self.removals = 0
 
     def put(self, key: str, blob: Blob) -> PutStatus:
         assert self.gate.wait(20)
         return super().put(key, blob)
+
+    def remove(self, key: str) -> bool:
+        self.removals += 1
+        return super().remove(key)
 
     def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
         self.batches.append(list(keys))
@@ -67,6 +72,7 @@ class Gated(MemoryStorage):
         return [self.put(key, blob) for key, blob in blobs.items()]
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
+        self.questions += 1
         return [self.contains(key) for key in keys]
 
 
@@ -110,6 +116,58 @@ def test_no_more_waits_than_is_allowed() -> None:
         slow.gate.set()
         storage.flush()
         assert (len(slow.list_keys()), storage.tier_stats()[1].skipped) == (10, 10)
+
+
+def test_what_a_slow_tier_did_not_get_costs_it_one_question_and_not_one_removal_each() -> None:
+    slow = Gated()
+    with TieredStorage([MemoryStorage("1GiB"), slow], max_pending_bytes=1000) as storage:
+        for key in ("key 7", "key 70"):
+            storage.put(key, b"old")
+        storage.flush()
+        slow.gate.clear()
+        storage.put("first", bytes(1000))
+        for i in range(500):
+            assert storage.put(f"key {i}", bytes(1000)) is PutStatus.LEGAL
+            storage.put("key 9", bytes(1000))
+        assert read(storage, "key 7") == bytes(1000)
+        asked = slow.questions
+        slow.gate.set()
+        storage.flush()
+        assert sorted(slow.list_keys()) == ["first"]
+        assert (slow.questions - asked, slow.removals) == (1, 2)
+        assert storage.put("key 7", b"new") is PutStatus.LEGAL
+        storage.flush()
+        assert read(slow, "key 7") == b"new"
+
+
+def test_of_what_waits_under_one_key_the_last_is_written() -> None:
+    slow = Gated()
+    slow.gate.clear()
+    with TieredStorage([MemoryStorage("1GiB"), slow], max_pending_bytes=2500) as storage:
+        for i in range(100):
+            storage.put("a", bytes([i]) * 1000)
+            assert storage.tier_stats()[1].pending_bytes <= 2000  # one that is being written, and one that waits
+        slow.gate.set()
+        storage.flush()
+        assert read(slow, "a") == bytes([99]) * 1000
+        assert slow.stats().puts <= 2
+        assert storage.tier_stats()[1].skipped == 0
+
+
+def test_legal_means_that_a_tier_has_it_or_that_it_waits_for_one() -> None:
+    first, second = MemoryStorage("64KiB"), Gated()
+    with TieredStorage([first, second], max_pending_bytes=1000) as storage:
+        second.gate.clear()
+        storage.put("waiting", bytes(1000))
+        assert storage.put("in the first", bytes(1000)) is PutStatus.LEGAL
+        assert storage.put("in none", bytes(100_000)) is PutStatus.ILLEGAL
+        second.gate.set()
+        storage.flush()
+        assert storage.contains_many(["waiting", "in the first", "in none"]) == [True, True, False]
+        assert second.list_keys() == ["waiting"]
+        assert storage.put("in the second", bytes(100_000)) is PutStatus.LEGAL
+        storage.flush()
+        assert second.contains("in the second")
 
 
 def test_a_hit_comes_up_and_an_evicted_entry_is_in_the_next_tier(tmp_path: Path) -> None:
