@@ -93,6 +93,10 @@ class StorageFullError(StorageError):
     """A storage has no room for an entry; what it holds can still be read."""
 
 
+class StorageBusyError(StorageError):
+    """A finaliser called a storage in the middle of a call that it interrupted, which it cannot wait for."""
+
+
 class StorageURLError(AgnosticCacheError, ValueError):
     """A storage is asked for by a URL whose scheme or option nobody knows."""
 

@@ -6,13 +6,16 @@ wraps it so that nobody who decodes sees that.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple, NoReturn, Protocol, Self, runtime_checkable
+from typing import NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar, runtime_checkable
 
 from agnostic_cache.errors import CacheCopyError, InvalidKeyError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.state.safetensors import Parts
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 Blob = bytes | bytearray | memoryview | Parts
 """What is put: bytes in one piece, or the parts of a file that is not joined yet, as `state.blob.encode` gives them."""
@@ -109,6 +112,14 @@ class StorageBackend(ABC):
         What outlives the process stays: a directory keeps its entries, a server too.
         """
 
+    async def get_async(self, key: str) -> memoryview | None:
+        """See `SupportsAsync.get_async`. From a thread of asyncio's, unless a backend knows better."""
+        return await _in_a_thread(self.get, key)
+
+    async def put_async(self, key: str, blob: Blob) -> PutStatus:
+        """See `SupportsAsync.put_async`. As `get_async`."""
+        return await _in_a_thread(self.put, key, blob)
+
     def stats(self) -> StorageStats:
         """Return what the storage holds and did; a backend that does not count answers zeros."""
         return StorageStats()
@@ -195,7 +206,7 @@ class SupportsDescribe(Protocol):
 
 @runtime_checkable
 class SupportsAsync(Protocol):
-    """Not blocking the event loop."""
+    """Not blocking the event loop. Every `StorageBackend` has it."""
 
     async def get_async(self, key: str) -> memoryview | None:
         """Do `StorageBackend.get`."""
@@ -239,6 +250,12 @@ class SupportsReserve(Protocol):
             StorageError: There is no memory.
         """
         ...
+
+
+async def _in_a_thread(call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    from asyncio import to_thread  # noqa: PLC0415 - its import takes longer than all of this package, for a few callers
+
+    return await to_thread(call, *args, **kwargs)
 
 
 def get_many(backend: StorageBackend, keys: Sequence[str]) -> list[memoryview | None]:

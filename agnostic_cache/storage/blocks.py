@@ -6,11 +6,11 @@ resized or closed then. So memory is never written under a reader (measured with
 """
 
 import mmap
-import threading
 
 from agnostic_cache.errors import StorageFullError
 from agnostic_cache.state.host import anonymous_mapping
 from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.lock import Lock
 
 
 def is_read(block: mmap.mmap) -> bool:
@@ -48,7 +48,7 @@ class BlockPool:
 
     def after_fork(self) -> None:
         """Start empty."""
-        self._lock = threading.Lock()  # guards the list; held for list operations and for mremap
+        self._lock = Lock()  # guards the list; held for list operations and for mremap
         self._idle: list[mmap.mmap] = []  # the newest last; some may be read still
 
     def take(self, nbytes: int) -> mmap.mmap:
@@ -57,7 +57,7 @@ class BlockPool:
         Raises:
             StorageFullError: There is no memory.
         """
-        with self._lock:
+        with self._lock.taken():
             for i in range(len(self._idle) - 1, -1, -1):
                 block = self._idle[i]
                 if nbytes <= len(block) <= 2 * nbytes and not is_read(block):
@@ -67,13 +67,13 @@ class BlockPool:
 
     def give(self, block: mmap.mmap, max_idle_bytes: int) -> None:
         """Keep a block for later; the oldest ones go, so that no more than `max_idle_bytes` lie idle."""
-        with self._lock:
+        with self._lock.taken():
             self._idle.append(block)
         self.trim(max_idle_bytes)
 
     def trim(self, max_idle_bytes: int) -> None:
         """Let the oldest blocks go until no more than `max_idle_bytes` lie idle."""
-        with self._lock:
+        with self._lock.taken():
             idle = sum(map(len, self._idle))
             while self._idle and idle > max_idle_bytes:
                 idle -= len(self._idle.pop(0))

@@ -10,7 +10,6 @@ import fcntl
 import os
 import re
 import secrets
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from agnostic_cache.errors import StorageError, StorageFullError
 from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.lock import Lock
 
 _NAME = re.compile(r"[0-9a-f]{40}\.kv")
 _ASIDE, _DAMAGED, _TOTAL = ".new", ".damaged", ".total"
@@ -69,12 +69,12 @@ class Directory:
         self._locked = set()
         # Held by a thread, as the lock of the count is held by a process: for renaming and unlinking. Readers need
         # neither.
-        self._door = threading.Lock()
+        self._door = Lock()
 
     @contextmanager
     def locked(self) -> Iterator[Total]:
         """Keep every other thread and process from changing what is there. The count is written down at the end."""
-        with self._door:
+        with self._door.taken():
             file = os.open(self.path / _TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 self._locked.add(file)

@@ -8,7 +8,6 @@ What is acknowledged has reached the kernel: it survives the process. With ``syn
 
 import logging
 import os
-import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -34,6 +33,7 @@ from agnostic_cache.storage.directory import Directory, Total, name_of
 from agnostic_cache.storage.entry import seal
 from agnostic_cache.storage.entry_file import read_entry, read_key, write_entry
 from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.lock import Lock
 from agnostic_cache.storage.url import StorageURL
 
 _logger = logging.getLogger("agnostic_cache.storage")
@@ -117,7 +117,7 @@ class FileStorage(StorageBackend):
     def after_fork(self) -> None:
         """Know nothing yet of the directory, which is as much the child's as its parent's."""
         self._evictor.reset()
-        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._lock = Lock()  # guards everything below; held for dict operations and counting only
         self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
         self._known = 0  # holds: the sum of the sizes in _files
         self._hits = self._misses = self._puts = self._refused = self._evictions = self._corrupt = 0
@@ -154,7 +154,7 @@ class FileStorage(StorageBackend):
                 if self._sync:
                     os.fsync(file)
                 status = self._bring_in(aside, name, new)
-        with self._lock:
+        with self._lock.taken():
             self._puts += status is PutStatus.LEGAL
             self._refused += status is PutStatus.ILLEGAL
         return status
@@ -168,11 +168,11 @@ class FileStorage(StorageBackend):
             try:
                 self._directory.bring_in(aside, name, sync=self._sync)
             except BaseException:
-                with self._lock:
+                with self._lock.taken():
                     self._evictor.rollback(self._files, key=name)
                 raise
             total.nbytes += new.nbytes - old
-            with self._lock:
+            with self._lock.taken():
                 self._list(name, new)
         return PutStatus.LEGAL
 
@@ -185,7 +185,7 @@ class FileStorage(StorageBackend):
             while True:
                 over = total.nbytes + new.nbytes - self._directory.size(name) - (self.max_bytes or 0)
                 room = _Room(self._files, over if self.max_bytes is not None else 0)
-                with self._lock:
+                with self._lock.taken():
                     if counted:
                         victims = self._evictor.evict(self._files, room=room)
                     else:
@@ -201,7 +201,7 @@ class FileStorage(StorageBackend):
             if counted and (over <= 0 or self.max_bytes is None):
                 return True
         if counted:
-            with self._lock:
+            with self._lock.taken():
                 self._evictor.rollback(self._files, key=name)
         return False
 
@@ -225,7 +225,7 @@ class FileStorage(StorageBackend):
             with self._directory.translated("set aside"), self._directory.locked() as total:
                 total.nbytes -= self._directory.size(name)
                 self._put_away(name, error)
-        with self._lock:
+        with self._lock.taken():
             if found is None:
                 self._misses += 1
                 return None
@@ -275,7 +275,7 @@ class FileStorage(StorageBackend):
         with self._directory.translated("remove"), self._directory.locked() as total:
             found = self._directory.contains(name)
             total.nbytes -= self._directory.unlink(name)
-            with self._lock:
+            with self._lock.taken():
                 self._evictor.update_on_remove(name, self._files)
                 self._unlist(name)
         return found
@@ -285,7 +285,7 @@ class FileStorage(StorageBackend):
         self._check_open()
         with self._directory.translated("list"), self._directory.locked() as total:
             self._look(total)
-        with self._lock:
+        with self._lock.taken():
             return [file.key for file in self._files.values()]
 
     def close(self) -> None:
@@ -295,7 +295,7 @@ class FileStorage(StorageBackend):
 
     def stats(self) -> StorageStats:
         """Return what this process knows of the directory, and did in it."""
-        with self._lock:
+        with self._lock.taken():
             return StorageStats(
                 entries=len(self._files),
                 current_bytes=self._known,
@@ -313,7 +313,7 @@ class FileStorage(StorageBackend):
     def _look(self, total: Total) -> None:
         """Learn what is in the directory, and count it anew. The directory is locked."""
         there = self._directory.scan(total)
-        with self._lock:
+        with self._lock.taken():
             for name in self._files.keys() - there.keys():
                 self._evictor.update_on_remove(name, self._files)
                 self._unlist(name)
@@ -331,14 +331,14 @@ class FileStorage(StorageBackend):
                 total.nbytes -= nbytes
                 self._put_away(name, error)
             else:
-                with self._lock:
+                with self._lock.taken():
                     self._learn(name, _File(key, nbytes))
 
     def _put_away(self, name: str, error: BlobError) -> None:
         """Take a damaged file out of the way, and keep it for whoever wants to know. The directory is locked."""
         away = self._directory.put_away(name)
         _logger.warning("an entry is damaged, which is a miss, and now at %s: %s", away, error)
-        with self._lock:
+        with self._lock.taken():
             self._corrupt += 1
             self._evictor.update_on_remove(name, self._files)
             self._unlist(name)

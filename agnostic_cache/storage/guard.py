@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from agnostic_cache.errors import StorageError, StorageFullError
+from agnostic_cache.errors import StorageBusyError, StorageError, StorageFullError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.storage.backend import (
     Blob,
@@ -50,7 +50,7 @@ class Breaker:
 
     def after_fork(self) -> None:
         """Be closed."""
-        self._lock = threading.Lock()  # guards everything below
+        self._lock = threading.RLock()  # guards everything below
         self._failures = 0
         self._pause = _FIRST_PAUSE
         self._until: float | None = None  # when the next call may try, while open
@@ -187,6 +187,9 @@ class GuardedStorage(StorageBackend):
             return miss
         try:
             answer = call()
+        except StorageBusyError:
+            self._errors += 1
+            return miss
         except StorageFullError as error:
             self._errors += 1
             if not self._full:

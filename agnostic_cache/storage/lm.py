@@ -67,7 +67,7 @@ class LMStorage(StorageBackend):
         """
         self._pool = LMPool(address, max_connections)
         self._blocks = BlockPool()
-        self._lock = threading.Lock()  # guards the counts
+        self._lock = threading.RLock()  # guards the counts; a finaliser may count in the middle of it
         self._hits = self._misses = self._puts = self._refused = self._corrupt = 0
         health = _request(ClientCommand.HEALTH, "")
         try:

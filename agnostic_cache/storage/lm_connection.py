@@ -122,7 +122,7 @@ class LMPool:
         """
         self.address = address
         self._places = threading.BoundedSemaphore(max_connections)
-        self._lock = threading.Lock()  # guards everything below
+        self._lock = threading.RLock()  # guards everything below
         self._idle: list[LMConnection] = []  # the last used last
         self._process = os.getpid()
         self._closed = False

@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
@@ -22,6 +22,7 @@ from agnostic_cache.storage.backend import (
 )
 from agnostic_cache.storage.blocks import BlockPool, is_read
 from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.lock import Lock
 from agnostic_cache.storage.url import StorageURL
 
 RESERVED_BEYOND: Final = 16 * 1024 * 1024
@@ -44,6 +45,15 @@ class _Entry:
     def is_pinned(self) -> bool:
         """Whether somebody reads it: letting it go would free nothing."""
         return is_read(self.block)
+
+
+class _Arrival(NamedTuple):
+    """A blob that a thread is copying."""
+
+    size: int  # promised to it
+    replaces: bool  # an entry, whose memory it may be taking
+    thread: int
+    done: threading.Event
 
 
 class _Room:
@@ -111,7 +121,8 @@ class MemoryStorage(StorageBackend):
 
     `get` copies nothing. An entry that is being read is passed over by eviction; one that was removed or overwritten
     meanwhile counts against the budget (``stats().deferred_bytes``) until its last reader lets go. The budget holds at
-    any time, what is being copied included.
+    any time, what is being copied included: an overwritten entry gives its memory for the new one, and who asks for it
+    meanwhile waits for that.
     """
 
     def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor = "adaptive") -> None:
@@ -135,9 +146,9 @@ class MemoryStorage(StorageBackend):
     def after_fork(self) -> None:
         """Be empty: the memory is the parent's."""
         self._evictor.reset()
-        self._lock = threading.Lock()  # guards everything below; held for dict operations and counting only
+        self._lock = Lock()  # guards everything below; held for dict operations and counting only
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._arriving: dict[str, int] = {}  # keys that a thread copies to, and the bytes promised to it
+        self._arriving: dict[str, _Arrival] = {}  # by key
         self._deferred: list[tuple[weakref.ref[mmap.mmap], int]] = []  # left while somebody read them; his to free
         self._reserved = 0  # bytes of the blocks that are being written by those who reserved them
         self._listed = 0  # holds: the sum of the blocks of _entries
@@ -156,32 +167,36 @@ class MemoryStorage(StorageBackend):
         check_key(key)
         nbytes, pieces = pieces_of(blob)
         size = _whole_pages(nbytes)
-        with self._lock:
+        with self._lock.taken():
             self._check_open()
             if key in self._arriving:
                 return PutStatus.LEGAL
+            replaces = key in self._entries
             leaving = self._make_room(key, size)
             if leaving is None:
                 self._refused += 1
                 return PutStatus.ILLEGAL
-            self._arriving[key] = size
+            arrival = _Arrival(size, replaces, threading.get_ident(), threading.Event())
+            self._arriving[key] = arrival
         try:
             block = self._replace(leaving, size)
             del leaving
             with memoryview(block) as whole:
                 copy_into(whole, pieces)
         except BaseException:
-            with self._lock:
+            with self._lock.taken():
                 self._arriving.pop(key, None)
                 self._evictor.rollback(self._entries, key=key)
+            arrival.done.set()
             raise
-        with self._lock:
+        with self._lock.taken():
             self._arriving.pop(key, None)
             if not self._closed:
                 self._unlist(key)  # what came by a reservation meanwhile
                 self._entries[key] = _Entry(block, nbytes)
                 self._listed += size
                 self._puts += 1
+        arrival.done.set()
         return PutStatus.LEGAL
 
     def _make_room(self, key: str, size: int) -> list[mmap.mmap] | None:
@@ -211,14 +226,14 @@ class MemoryStorage(StorageBackend):
     def _taken(self) -> int:
         """Count what is charged to the budget. The lock is held."""
         beyond = max(0, self._reserved - RESERVED_BEYOND)
-        return self._listed + sum(self._arriving.values()) + self._deferred_bytes() + beyond
+        return self._listed + sum(arrival.size for arrival in self._arriving.values()) + self._deferred_bytes() + beyond
 
     # --- a blob that is yet to come -----------------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> MemoryReservation | None:
         """See `SupportsReserve.reserve`."""
         size = _whole_pages(nbytes)
-        with self._lock:
+        with self._lock.taken():
             self._check_open()
             self._reserved += size
             over = self._taken() - self.max_bytes
@@ -236,7 +251,7 @@ class MemoryStorage(StorageBackend):
         try:
             block = self._replace(leaving, size)
         except BaseException:
-            with self._lock:
+            with self._lock.taken():
                 self._reserved -= size
             raise
         return MemoryReservation(self, block, nbytes)
@@ -244,7 +259,7 @@ class MemoryStorage(StorageBackend):
     def _publish(self, key: str, block: mmap.mmap, nbytes: int) -> PutStatus:
         """List a block that was reserved."""
         size = len(block)
-        with self._lock:
+        with self._lock.taken():
             self._reserved -= size
             self._check_open()
             leaving = self._make_room(key, size)
@@ -262,7 +277,7 @@ class MemoryStorage(StorageBackend):
 
     def _take_back(self, block: mmap.mmap) -> None:
         """Let go of a block that was reserved."""
-        with self._lock:
+        with self._lock.taken():
             self._reserved -= len(block)
         self._pool.give(block, self._listed // _IDLE_SHARE)
 
@@ -287,15 +302,30 @@ class MemoryStorage(StorageBackend):
     def get(self, key: str) -> memoryview | None:
         """See `StorageBackend.get`. Copies nothing."""
         check_key(key)
-        with self._lock:
-            self._check_open()
-            entry = self._entries.get(key)
-            if entry is None or self._evictor.has_expired(key):
-                self._misses += 1
-                return None
-            self._hits += 1
-            self._evictor.update_on_get(key, self._entries)
-            return memoryview(entry.block)[: entry.nbytes].toreadonly()
+        while True:
+            with self._lock.taken():
+                self._check_open()
+                arrival = None if key in self._entries else self._replacing(key)
+                if arrival is None:
+                    return self._found(key)
+            arrival.done.wait()
+
+    def _found(self, key: str) -> memoryview | None:
+        """Return what is listed under a key. The lock is held."""
+        entry = self._entries.get(key)
+        if entry is None or self._evictor.has_expired(key):
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._evictor.update_on_get(key, self._entries)
+        return memoryview(entry.block)[: entry.nbytes].toreadonly()
+
+    def _replacing(self, key: str) -> _Arrival | None:
+        """Return what another thread copies in place of an entry that has left for it. The lock is held."""
+        arrival = self._arriving.get(key)
+        if arrival is None or not arrival.replaces or arrival.thread == threading.get_ident():
+            return None  # who copies reads what he copies from, and would wait for himself
+        return arrival
 
     def get_into(self, key: str, buffer: memoryview) -> int | None:
         """See `SupportsGetInto.get_into`.
@@ -312,14 +342,15 @@ class MemoryStorage(StorageBackend):
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`."""
         check_key(key)
-        with self._lock:
+        with self._lock.taken():
             self._check_open()
-            return key in self._entries and not self._evictor.has_expired(key)
+            found = key in self._entries or self._replacing(key) is not None
+            return found and not self._evictor.has_expired(key)
 
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`."""
         check_key(key)
-        with self._lock:
+        with self._lock.taken():
             self._check_open()
             found = key in self._entries
             if found:
@@ -331,13 +362,13 @@ class MemoryStorage(StorageBackend):
 
     def list_keys(self) -> list[str]:
         """See `StorageBackend.list_keys`. Oldest first, as the policy orders them."""
-        with self._lock:
+        with self._lock.taken():
             self._check_open()
             return list(self._entries)
 
     def close(self) -> None:
         """Let go of every entry. Idempotent."""
-        with self._lock:
+        with self._lock.taken():
             self._closed = True
             gone, self._entries = self._entries, OrderedDict()
             self._listed, self._deferred = 0, []
@@ -347,7 +378,7 @@ class MemoryStorage(StorageBackend):
 
     def stats(self) -> StorageStats:
         """Return what the storage holds and did."""
-        with self._lock:
+        with self._lock.taken():
             return StorageStats(
                 entries=len(self._entries),
                 current_bytes=self._listed,

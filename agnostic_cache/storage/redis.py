@@ -112,7 +112,7 @@ class RedisStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Hold no lock; the library makes connections of the child's own."""
-        self._lock = threading.Lock()  # guards the counts
+        self._lock = threading.RLock()  # guards the counts; a finaliser may count in the middle of it
 
     @classmethod
     def from_url(cls, url: str) -> Self:

@@ -71,7 +71,7 @@ class TieredStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Bring nothing up: what did is the parent's."""
-        self._lock = threading.Lock()  # guards what follows; held for dict operations only
+        self._lock = threading.RLock()  # guards what follows; held for dict operations only
         self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
 
     # --- in -----------------------------------------------------------------------------------------------------------

@@ -9,12 +9,16 @@ A test class of one's own inherits it and says how to open a storage:
             return MyStorage(place / "data", max_bytes)
 """
 
+import asyncio
 import copy
+import gc
 import pickle
 import random
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +29,7 @@ from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.state.safetensors import Part, Parts
 from agnostic_cache.storage.backend import (
     StorageBackend,
+    SupportsAsync,
     SupportsBatch,
     SupportsDescribe,
     SupportsGetInto,
@@ -183,6 +188,27 @@ class StorageSuite(ABC):
             with pytest.raises(ValueError):
                 storage.get_into("a", wrong)
 
+    def test_awaiting_does_not_block_the_loop(self, storage: StorageBackend) -> None:
+        assert isinstance(storage, SupportsAsync)
+        going_on = threading.Event()
+
+        def pieces() -> list[memoryview]:
+            assert going_on.wait(60)
+            return [memoryview(b"bytes")]
+
+        async def work() -> tuple[memoryview | None, memoryview | None]:
+            slow = Parts([Part("x", "U8", (5,), 5, pieces)], {}, algorithm=None)
+            putting = asyncio.create_task(storage.put_async("a", slow))
+            await asyncio.sleep(0)
+            going_on.set()
+            assert await putting is PutStatus.LEGAL
+            return await asyncio.gather(storage.get_async("a"), storage.get_async("b"))
+
+        found, missing = asyncio.run(work())
+        assert found is not None
+        assert b"bytes" in bytes(found)
+        assert missing is None
+
     def test_it_does_what_a_dict_does(self, storage: StorageBackend) -> None:
         source, model = random.Random(0), dict[str, bytes]()
         for _ in range(300):
@@ -223,6 +249,43 @@ class StorageSuite(ABC):
         assert all(seen)
 
     # --- the budget --------------------------------------------------------------------------------------------------
+
+    def test_a_finaliser_may_call_in_the_middle_of_a_call(self, storage: StorageBackend) -> None:
+        """The garbage collector runs one on the thread that it interrupts: nobody may wait for anybody then."""
+
+        class Session:
+            def __init__(self) -> None:
+                self.itself = self  # for the collector alone
+
+        def finaliser(key: str) -> None:
+            with suppress(StorageError):  # it may be refused
+                storage.get(key)
+                storage.remove(key)
+                storage.put("from a finaliser", b"1")
+                storage.list_keys()
+
+        def work() -> None:
+            for i in range(200):
+                assert storage.put(f"key {i}", bytes(1000)) is PutStatus.LEGAL
+                weakref.finalize(Session(), finaliser, f"key {i}").atexit = False
+                read(storage, f"key {i - 1}")
+                storage.contains(f"key {i}")
+                storage.stats()
+            done.set()
+
+        done = threading.Event()
+        thresholds = gc.get_threshold()
+        gc.set_threshold(17, 2, 2)
+        try:
+            threading.Thread(target=work, daemon=True).start()
+            assert done.wait(60)
+        finally:
+            gc.set_threshold(*thresholds)
+        gc.collect()
+        keys = storage.list_keys()
+        assert contains_many(storage, keys) == [True] * len(keys)
+        storage.put("a", b"1")
+        assert read(storage, "a") == b"1"
 
     def test_the_budget_holds(self, tmp_path: Path) -> None:
         if not self.bounded:

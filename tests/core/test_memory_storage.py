@@ -112,6 +112,52 @@ def test_a_put_that_fails_leaves_the_accounts_exact() -> None:
     assert storage.stats().current_bytes == 2 * MIB
 
 
+@pytest.mark.parametrize("budget", ["4MiB", "600KB"], ids=["room for both", "room for one"])
+def test_an_entry_is_there_while_it_is_overwritten(budget: str) -> None:
+    storage = MemoryStorage(budget)
+    blobs = [bytes([i]) * 400_000 for i in range(8)]
+    assert storage.put("a", blobs[0]) is PutStatus.LEGAL
+    stop, wrong, looked = threading.Event(), list[object](), list[int]()
+
+    def read() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            if not storage.contains("a"):
+                wrong.append("it is not there")
+            found = storage.get("a")
+            if found is None or found.nbytes != 400_000 or found[0] != found[-1]:
+                wrong.append(found)
+            del found
+        looked.append(count)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for i in range(1500):
+        storage.put("a", blobs[i % 8])
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not wrong
+    assert min(looked) > 10
+    assert storage.stats().misses == 0
+
+
+def test_who_overwrites_an_entry_does_not_wait_for_himself() -> None:
+    seen: list[object] = []
+
+    def pieces() -> list[memoryview]:
+        seen.append((storage.get("a"), storage.contains("a")))
+        return [memoryview(b"new")]
+
+    storage = MemoryStorage(MIB)
+    storage.put("a", b"old")
+    storage.put("a", Parts([Part("x", "U8", (3,), 3, pieces)], {}, algorithm=None))
+    assert seen == [(None, False)]
+    assert b"new" in (read(storage, "a") or b"")
+
+
 def test_two_puts_of_one_key_copy_once() -> None:
     copying, go_on = threading.Event(), threading.Event()
 
