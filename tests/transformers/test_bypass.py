@@ -227,6 +227,26 @@ def test_weights_that_change_in_any_way(model: Any) -> None:
     assert cache.stats().hit_tokens > before
 
 
+@pytest.mark.parametrize("swap", ["another parameter", "other data"])
+def test_weights_that_come_to_lie_where_others_lay(model: Any, swap: str) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    memory = bytearray(layer.weight.nbytes)  # an allocator gives out again what was freed; here it is sure to
+    original = layer.weight.detach().clone()
+    cache = make(model)
+    for scale in range(4):
+        weights = torch.frombuffer(memory, dtype=original.dtype).view(original.shape)
+        weights.copy_(original * scale)
+        if swap == "other data":
+            layer.weight.data = weights
+        else:
+            layer.weight = torch.nn.Parameter(weights)
+        del weights
+        assert torch.equal(generate(model, cache, **inputs(PROMPT)), model.generate(**inputs(PROMPT)))
+    assert cache.stats().hit_tokens == 0
+    generate(model, cache, **inputs(PROMPT))
+    assert cache.stats().hit_tokens > 0
+
+
 def test_another_model_never_meets_the_first_ones_states(model: Any) -> None:
     cache = PrefixCache("64MiB", namespace="a name of my own", block_size=8)
     torch.manual_seed(9)

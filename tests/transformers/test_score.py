@@ -28,8 +28,9 @@ def test_scores_are_those_of_one_pass(name: str, *, exact: bool) -> None:
     cache = PrefixCache("16MiB", namespace="m", block_size=8, exact=exact)
     for context in (CONTEXT, CONTEXT[:13], CONTEXT[:1], [*CONTEXT[:15], 3, 3, 3]):
         wanted = [expected(model, context, one) for one in CONTINUATIONS]
-        for _ in range(2):
-            assert score(model, cache, context, CONTINUATIONS) == pytest.approx(wanted, abs=1e-4)
+        for batch_size in (8, 3):
+            found = score(model, cache, context, CONTINUATIONS, batch_size=batch_size)
+            assert found == pytest.approx(wanted, abs=1e-4)
     assert cache.stats().hit_tokens > 0
     assert cache.stats().bypassed == 0
 
@@ -40,7 +41,8 @@ def test_the_context_is_computed_once() -> None:
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _module, given, _out: seen.append(given[0].numel()))
     score(model, cache, CONTEXT, CONTINUATIONS)
-    assert sum(seen) == len(CONTEXT) - 1 + sum(map(len, CONTINUATIONS))
+    # One batch: the last token of the context, and all but the last of each continuation; those of one token share it.
+    assert seen == [len(CONTEXT) - 1, 3 * 3]
 
 
 def test_greedy_continuations_are_told() -> None:

@@ -18,8 +18,8 @@ from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
 from agnostic_cache.state.roles import SNAPSHOT, TOKENS, WINDOW
-from agnostic_cache_adapters.torch import active_adapters
 from agnostic_cache_adapters.transformers import layers
+from agnostic_cache_adapters.transformers.weights import stamp
 
 _MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -62,11 +62,18 @@ class Kinds(NamedTuple):
     stride: int
 
 
-def kinds_of(model: Any) -> Kinds | None:
-    """Say what the layers of a model's dynamic cache keep; None where one of them is not known."""
+def fresh_cache(model: Any) -> Any:
+    """Make the empty cache that ``generate`` would make; None where that is none that grows."""
     if not model._supports_default_dynamic_cache():  # noqa: SLF001 - what generate asks
         return None
-    plans = [layers.plan(layer) for layer in fresh_cache(model).layers]
+    return cache_utils.DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def kinds_of(kv: Any) -> Kinds | None:
+    """Say what the layers of an empty cache keep; None where one of them is not known."""
+    if kv is None:
+        return None
+    plans = [layers.plan(layer) for layer in kv.layers]
     if None in plans:
         return None
     # Plans are made once per kind of layer: most layers have the same.
@@ -74,11 +81,6 @@ def kinds_of(model: Any) -> Kinds | None:
     roles = [part.hint.role for plan in different for part in plan.parts.values()]
     stride = math.lcm(*(role.stride for role in roles if isinstance(role, TOKENS)))
     return Kinds(any(isinstance(role, WINDOW) for role in roles), SNAPSHOT in roles, stride)
-
-
-def fresh_cache(model: Any) -> Any:
-    """Make the empty cache that ``generate`` would make."""
-    return cache_utils.DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str | None:  # noqa: PLR0911, PLR0912
@@ -155,7 +157,7 @@ def implied_mask(ids: torch.Tensor, config: Any) -> torch.Tensor | None:
 def context_of(model: Any, cache: PrefixCache, inputs: Mapping[str, Any]) -> bytes:
     """Return what the states of a call depend on besides tokens; empty where that is the namespace alone."""
     parts: list[bytes] = []
-    weights = cache.weights_context(model, _stamp(model), lambda: model_fingerprint(model))
+    weights = cache.weights_context(model, stamp(model), lambda: model_fingerprint(model))
     if weights:
         parts += [b"weights", weights]
     device = model.device.type
@@ -181,26 +183,6 @@ def has_placeholders(model: Any, tokens: list[int]) -> bool:
     """Say whether a token stands for an image or audio."""
     known = {getattr(model.config, name, None) for name in _PLACEHOLDERS} - {None}
     return not known or not known.isdisjoint(tokens)
-
-
-def _stamp(model: Any) -> tuple[object, ...]:
-    """What changes whenever weights may have: in-place updates, other tensors, adapters.
-
-    Walks the modules by hand: ``parameters()`` and its kin take ten times as long, on each call.
-    """
-    tensors: list[torch.Tensor] = []
-    adapted = False
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        tensors += [tensor for tensor in module._parameters.values() if tensor is not None]  # noqa: SLF001
-        tensors += [tensor for tensor in module._buffers.values() if tensor is not None]  # noqa: SLF001
-        adapted = adapted or "merged_adapters" in vars(module) or hasattr(type(module), "merged_adapters")
-        waiting += module._modules.values()  # noqa: SLF001
-    versions = hash(tuple([0 if tensor.is_inference() else tensor._version for tensor in tensors]))  # noqa: SLF001
-    places = hash(tuple([tensor.data_ptr() for tensor in tensors]))
-    attention = getattr(model.config, "_attn_implementation", None)
-    return versions, places, str(active_adapters(model)) if adapted else "", str(attention)
 
 
 def _says_nothing(name: str, value: Any) -> bool:

@@ -176,7 +176,8 @@ class _Plan:
         """Plan a call; None, with a warning, where it goes past the cache."""
         reason = calls.reason_to_bypass(model, config, asked)
         prompts = None if reason else calls.prompts_of(asked["input_ids"], mask)
-        kinds = None if reason else calls.kinds_of(model)
+        kv = None if reason else calls.fresh_cache(model)
+        kinds = calls.kinds_of(kv)
         if prompts is None or kinds is None:
             unclear = "a mask that is not zeros and then ones" if prompts is None else calls.UNKNOWN_KIND
             use.cache.bypass(reason or unclear)
@@ -195,14 +196,14 @@ class _Plan:
             if not alone or kinds.windows or kinds.snapshots or use.cache.exact:
                 use.cache.bypass("images, audio or own positions in a batch, or where a prompt is computed in parts")
                 return None
-            kv = prefill.loaded(model, use, tokens)
+            kv = prefill.loaded(use, tokens, kv)
             dropped = calls.prefill_only(asked) if kv.get_seq_length() else ()
             if dropped and calls.has_placeholders(model, tokens[kv.get_seq_length() :]):
                 kv, dropped = calls.fresh_cache(model), ()
         elif alone:
-            kv = prefill.state_of(model, use, tokens, kinds)
+            kv = prefill.state_of(model, use, tokens, kv, kinds)
         else:
-            kv = prefill.common_state(model, use, prompts, kinds)
+            kv = prefill.common_state(model, use, prompts, kv, kinds)
         if alone and len(rows) > 1 and kv.get_seq_length():
             prefill.repeat(kv.layers, len(rows))
         return cls(use, prompts, kv, dropped)

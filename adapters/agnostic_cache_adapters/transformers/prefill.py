@@ -42,20 +42,21 @@ class Use(NamedTuple):
             self.cache.insert(list(tokens), state, length=length, context=self.context, ttl_seconds=self.ttl_seconds)
 
 
-def state_of(model: Any, use: Use, tokens: list[int], kinds: Kinds, *, limit: int | None = None) -> Any:
+def state_of(model: Any, use: Use, tokens: list[int], kv: Any, kinds: Kinds, *, limit: int | None = None) -> Any:
     """Return a private cache that stands for a prefix of `tokens`, as long as is worth it, and store its boundaries.
 
     Args:
         model: The model.
         use: How the cache is used.
         tokens: The prompt, of which at least the last token is left to compute.
+        kv: An empty cache, to fill.
         kinds: What its layers keep.
         limit: Compute that many tokens, whether their states can be cut or not.
     """
     with use.cache.match(tokens, context=use.context, read=use.read, single_flight=use.single_flight) as match:
         start = match.length
         stops = _stops(use, len(tokens), start, match.known, kinds)
-        kv: Any = match.load(like=fresh_cache(model))
+        kv = match.load(like=kv)
         if limit is not None and limit > start:
             stops = sorted({stop for stop in stops if stop < limit} | {limit})
         for stop in stops:
@@ -63,10 +64,10 @@ def state_of(model: Any, use: Use, tokens: list[int], kinds: Kinds, *, limit: in
         return kv
 
 
-def loaded(model: Any, use: Use, tokens: list[int]) -> Any:
+def loaded(use: Use, tokens: list[int], kv: Any) -> Any:
     """Return a private cache that stands for the longest known prefix of `tokens`; compute nothing."""
     with use.cache.match(tokens, context=use.context, read=use.read) as match:
-        return match.load(like=fresh_cache(model))
+        return match.load(like=kv)
 
 
 def _stops(use: Use, count: int, start: int, known: int, kinds: Kinds) -> list[int]:
@@ -100,8 +101,8 @@ def _advance(model: Any, use: Use, kv: Any, tokens: list[int], start: int, stop:
     return stop
 
 
-def common_state(model: Any, use: Use, prompts: Prompts, kinds: Kinds) -> Any:
-    """Return a private cache for a batch: what its rows have in common, computed once.
+def common_state(model: Any, use: Use, prompts: Prompts, batch: Any, kinds: Kinds) -> Any:
+    """Fill a private, empty cache for a batch: what its rows have in common, computed once.
 
     Row r of the result has its padding in front, and then as much of the prefix as makes all rows equally long: what
     ``generate`` would have computed there.
@@ -111,15 +112,14 @@ def common_state(model: Any, use: Use, prompts: Prompts, kinds: Kinds) -> Any:
     common = min(common, *(len(row) - 1 for row in prompts.rows))
     ragged = len(set(pads)) > 1
     allowed = _ANY_PADDING if ragged else _EQUAL_PADDING
-    if any(pads) and not all(type(layer) in allowed for layer in fresh_cache(model).layers):
+    if any(pads) and not all(type(layer) in allowed for layer in batch.layers):
         common = 0
     if kinds.windows or kinds.snapshots or use.cache.exact:
         common -= common % use.cache.block_size
     if not common:
-        return fresh_cache(model)
-    alone = state_of(model, use, first[: common + 1], kinds, limit=common)
+        return batch
+    alone = state_of(model, use, first[: common + 1], fresh_cache(model), kinds, limit=common)
     length = alone.get_seq_length()
-    batch = fresh_cache(model)
     columns = min(pad + length for pad in pads)
     for i, layer in enumerate(alone.layers):
         if type(layer) in {cache_utils.DynamicLayer, BlockLayer}:

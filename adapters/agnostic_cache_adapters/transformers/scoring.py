@@ -23,7 +23,12 @@ class Score(NamedTuple):
 
 
 def score(
-    model: Any, cache: PrefixCache, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    model: Any,
+    cache: PrefixCache,
+    context: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 8,
 ) -> list[float]:
     """Return the log-likelihood of each continuation of a context; compute what is known of the context only once.
 
@@ -32,6 +37,7 @@ def score(
         cache: Where to look and to store.
         context: Token ids, at least one.
         continuations: Token ids of each, at least one.
+        batch_size: How many continuations are computed at once, each beside a copy of the context's state.
 
     Returns:
         Sums of log-probabilities in natural logarithms, in fp32 of full logits.
@@ -39,38 +45,55 @@ def score(
     Raises:
         InvalidTokensError: Context or a continuation is empty.
     """
-    return [found.log_likelihood for found in scores(model, cache, context, continuations)]
+    return [found.log_likelihood for found in scores(model, cache, context, continuations, batch_size=batch_size)]
 
 
 @torch.no_grad()
 def scores(
-    model: Any, cache: PrefixCache, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    model: Any,
+    cache: PrefixCache,
+    context: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 8,
 ) -> list[Score]:
     """Do what `score` does, and also tell which continuations are greedy."""
-    tokens = list(context)
-    if not tokens or not all(map(len, continuations)):
-        msg = f"a context of {len(tokens)} tokens, continuations of {[len(one) for one in continuations]}; each has one"
+    tokens, wanted = list(context), list(map(list, continuations))
+    if not tokens or not all(wanted):
+        msg = f"a context of {len(tokens)} tokens, continuations of {list(map(len, wanted))}; each has one"
         raise InvalidTokensError(msg)
     ids = torch.tensor([tokens], device=model.device)
     config = model._prepare_generation_config(None)[0]  # noqa: SLF001 - what generate asks
     reason = calls.reason_to_bypass(model, config, {"input_ids": ids})
-    kinds = None if reason else calls.kinds_of(model)
+    kinds = calls.kinds_of(None if reason else calls.fresh_cache(model))
     if kinds is None or cache.block_size % kinds.stride:
         cache.bypass(reason or f"{calls.UNKNOWN_KIND}, or blocks that cut its rows")
-        return [_score(model, tokens, list(one), None) for one in continuations]
+        return [found for one in wanted for found in _scored(model, tokens, [one], None)]
     use = prefill.Use(cache, calls.context_of(model, cache, {}))
-    found = []
-    for one in continuations:
-        kv = prefill.state_of(model, use, tokens, kinds, limit=None if cache.exact else len(tokens) - 1)
-        found.append(_score(model, tokens, list(one), kv))
+    limit = None if cache.exact else len(tokens) - 1
+    found: list[Score] = []
+    for i in range(0, len(wanted), batch_size):
+        kv = prefill.state_of(model, use, tokens, calls.fresh_cache(model), kinds, limit=limit)
+        found += _scored(model, tokens, wanted[i : i + batch_size], kv)
     return found
 
 
-def _score(model: Any, context: list[int], continuation: list[int], kv: Any) -> Score:
-    """Compute what `kv` does not hold of both; `kv` is used up."""
+def _scored(model: Any, context: list[int], continuations: list[list[int]], kv: Any) -> list[Score]:
+    """Compute what `kv` does not hold of context and continuations; `kv` is used up."""
     known = kv.get_seq_length() if kv is not None else 0
-    ids = torch.tensor([(context + continuation)[known:-1]], device=model.device)
-    logits = model(input_ids=ids, past_key_values=kv, use_cache=kv is not None).logits[0, -len(continuation) :].float()
-    wanted = torch.tensor(continuation, device=logits.device)
-    chosen = logits.log_softmax(dim=-1).gather(1, wanted[:, None])
-    return Score(float(chosen.sum()), bool((logits.argmax(dim=-1) == wanted).all()))
+    # Of a continuation, all but the last token goes in: those of one token are all scored by one row.
+    rows = {row: i for i, row in enumerate(dict.fromkeys(tuple(one[:-1]) for one in continuations))}
+    longest = max(map(len, rows)) + 1
+    ids = torch.tensor([[*context[known:], *row, *[0] * (longest - 1 - len(row))] for row in rows], device=model.device)
+    if len(rows) > 1 and known:
+        prefill.repeat(kv.layers, len(rows))
+    keep = {"logits_to_keep": longest} if model._supports_logits_to_keep() else {}  # noqa: SLF001 - what generate asks
+    # What stands behind a shorter row changes nothing before it.
+    logits = model(input_ids=ids, past_key_values=kv, use_cache=kv is not None, **keep).logits[:, -longest:].float()
+    found = []
+    for one in continuations:
+        mine = logits[rows[tuple(one[:-1])], : len(one)]
+        asked = torch.tensor(one, device=logits.device)
+        chosen = mine.log_softmax(dim=-1).gather(1, asked[:, None])
+        found.append(Score(float(chosen.sum()), bool((mine.argmax(dim=-1) == asked).all())))
+    return found
