@@ -1,8 +1,10 @@
 """``generate`` with a cache gives the tokens that it gives without one, whatever the model keeps."""
 
 import random
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hf_structures
@@ -68,6 +70,21 @@ def test_every_length_that_is_stored_and_asked(model: Any) -> None:
             assert ask(model, cache, prompt[:asked], write=False) == plain(model, prompt[:asked])
     assert cache.stats().bypassed == 0
     assert cache.stats().hit_tokens > 0
+
+
+def test_the_next_process_goes_on_from_what_is_stored(model: Any, tmp_path: Path) -> None:
+    # As if to compute took long: so small a model computes faster than any storage answers.
+    settings: Any = {"storage": f"file://{tmp_path}/kv", "clock": lambda: time.monotonic() * 1e6}
+    with make(model, **settings) as cache:
+        ask(model, cache, [*DOCUMENT, 5, 6])
+    for turn in range(2):
+        with make(model, **settings) as cache:
+            for question in ([7, 8, 9], [9, 8, 7, 6, 5, turn]):
+                prompt = [*DOCUMENT, *question]
+                expected = plain(model, prompt)
+                before = cache.stats().hit_tokens
+                assert ask(model, cache, prompt) == expected
+                assert cache.stats().hit_tokens - before >= 16
 
 
 def test_a_document_and_another_question_hit(model: Any) -> None:

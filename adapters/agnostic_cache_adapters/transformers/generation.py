@@ -196,7 +196,7 @@ class _Plan:
             if not alone or kinds.windows or kinds.snapshots or use.cache.exact:
                 use.cache.bypass("images, audio or own positions in a batch, or where a prompt is computed in parts")
                 return None
-            kv = prefill.loaded(use, tokens, kv)
+            kv = prefill.loaded(model, use, tokens, kv)
             dropped = calls.prefill_only(asked) if kv.get_seq_length() else ()
             if dropped and calls.has_placeholders(model, tokens[kv.get_seq_length() :]):
                 kv, dropped = calls.fresh_cache(model), ()

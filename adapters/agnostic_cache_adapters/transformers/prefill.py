@@ -56,7 +56,7 @@ def state_of(model: Any, use: Use, tokens: list[int], kv: Any, kinds: Kinds, *, 
     with use.cache.match(tokens, context=use.context, read=use.read, single_flight=use.single_flight) as match:
         start = match.length
         stops = _stops(use, len(tokens), start, match.known, kinds)
-        kv = match.load(like=kv)
+        kv = match.load(like=kv, device=str(model.device))
         if limit is not None and limit > start:
             stops = sorted({stop for stop in stops if stop < limit} | {limit})
         for stop in stops:
@@ -64,10 +64,10 @@ def state_of(model: Any, use: Use, tokens: list[int], kv: Any, kinds: Kinds, *, 
         return kv
 
 
-def loaded(use: Use, tokens: list[int], kv: Any) -> Any:
+def loaded(model: Any, use: Use, tokens: list[int], kv: Any) -> Any:
     """Return a private cache that stands for the longest known prefix of `tokens`; compute nothing."""
     with use.cache.match(tokens, context=use.context, read=use.read) as match:
-        return match.load(like=kv)
+        return match.load(like=kv, device=str(model.device))
 
 
 def _stops(use: Use, count: int, start: int, known: int, kinds: Kinds) -> list[int]:
