@@ -1,7 +1,9 @@
 """The law of prefix reuse: a loop that resumes from what others stored answers as if it had computed everything."""
 
 import random
+import time
 from collections.abc import Sequence
+from typing import Any
 
 from reuse_law import NEW, ROOM, Loop, prompt
 
@@ -82,3 +84,19 @@ class PrefixLaw:
             tokens = prompt(chance.randrange(1, 8), 5)[: chance.randrange(1, 8)] + prompt(chance.randrange(1, 4), 6)
             assert answer(loop, cache, tokens)[0] == loop.cold(tokens)
             assert cache.stats().current_bytes <= 6000
+
+    def test_what_leaves_memory_comes_back_from_a_storage(self, loop: Loop) -> None:
+        # As if to compute took long: so small a model computes faster than any storage answers.
+        settings: Any = {"storage": "memory://", "clock": lambda: time.monotonic() * 1e6}
+        with PrefixCache(1, namespace="tiny", block_size=4, **settings) as cache:
+            document = prompt(8, 7)
+            for seed in range(3):
+                tokens = document + prompt(3, 20 + seed)
+                kv, start = resume(cache, tokens, loop.fresh(), layout=loop.layout)
+                assert start == (8 if seed else 0)
+                kv = loop.extend(kv, document[start:], start)[1] if start < len(document) else kv
+                store(
+                    cache, document, kv, layout=loop.layout
+                )  # at the end of a block, so that any state can be cut there
+                token, kv = loop.extend(kv, tokens[8:], 8)
+                assert [token, *loop.generate(kv, [token], len(tokens))[: NEW - 1]] == loop.cold(tokens)
