@@ -1,6 +1,6 @@
 """The blocks that a prefix cache can find: what a match needs to know of each, without touching its arrays."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from agnostic_cache.prefix.chain import TOKEN_BYTES
 from agnostic_cache.state.kv_state import KVState
@@ -86,16 +86,14 @@ class Index:
     Not thread-safe for writing: its owner holds a lock. Reading is safe beside one writer.
     """
 
-    __slots__ = ("_blocks", "_children")
+    __slots__ = ("_blocks", "_children", "get")
 
     def __init__(self) -> None:
         """Start empty."""
         self._blocks: dict[bytes, Block] = {}
         self._children: dict[bytes, tuple[Block, ...]] = {}  # by key of the parent + first token
-
-    def get(self, key: bytes) -> Block | None:
-        """Return the block under `key`."""
-        return self._blocks.get(key)
+        self.get: Callable[[bytes], Block | None] = self._blocks.get
+        """Return the block under a key, or None. The method of the dict: a match asks for every block of a prompt."""
 
     def __iter__(self) -> Iterator[Block]:
         """Iterate over all blocks, as they are now."""

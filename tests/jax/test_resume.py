@@ -125,6 +125,22 @@ def test_length_and_numpy_tokens() -> None:
         assert type(start) is int
 
 
+@pytest.mark.parametrize("kind", ["<i8", ">i8", "<u8", ">u8", "<i4", ">u2"])
+def test_numpy_tokens_of_any_integer_type(kind: str) -> None:
+    cache = make()
+    tokens = list(range(40))
+    store(cache, tokens, computed(tokens))
+    assert resume(cache, np.array(tokens, kind), init_kv())[1] == 39
+    assert resume(cache, np.repeat(np.array(tokens, kind), 2)[::2], init_kv())[1] == 39
+    assert resume(cache, np.array([], kind), init_kv())[1] == 0
+    for bad in (-1, 2**32, 2**40):
+        if np.iinfo(kind).min <= bad <= np.iinfo(kind).max:
+            with pytest.raises(InvalidTokensError):
+                resume(cache, np.array([*tokens, bad], kind), init_kv())
+    if kind.endswith("8"):
+        assert resume(cache, np.array([*tokens, 2**32 - 1], kind), init_kv())[1] == 40
+
+
 def test_a_layout_that_nobody_knows_is_asked_for() -> None:
     cache = PrefixCache("1MiB", namespace="m")
     for call in (
