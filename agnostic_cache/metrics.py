@@ -47,6 +47,7 @@ class Metrics(Collector):
         """Start at zero."""
         self._registry = CollectorRegistry()
         self._tiers: dict[str, tuple[str, Callable[[], Stats]]] = {}
+        self._connections: Callable[[], int] | None = None
         self._requests = Counter(
             "agnostic_cache_requests", "Requests answered.", ("op", "tier", "result"), registry=self._registry
         )
@@ -76,6 +77,10 @@ class Metrics(Collector):
         """
         self._tiers[tier] = policy, stats
 
+    def watch_connections(self, count: Callable[[], int]) -> None:
+        """Tell of a server's connections too: `count` says how many there are."""
+        self._connections = count
+
     def collect(self) -> Iterable[Metric]:
         """Return what the storages say now."""
         held = GaugeMetricFamily("agnostic_cache_bytes", "Bytes of the entries.", labels=("tier",))
@@ -91,7 +96,10 @@ class Metrics(Collector):
             left.add_metric((tier, policy, "budget"), found.evictions)
             if found.max_bytes is not None:
                 most.add_metric((tier,), found.max_bytes)
-        return held, most, entries, left
+        if self._connections is None:
+            return held, most, entries, left
+        clients = GaugeMetricFamily("agnostic_cache_connections", "Open connections.", value=self._connections())
+        return held, most, entries, left, clients
 
     def text(self) -> bytes:
         """Return everything in the text format of Prometheus."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +12,10 @@ from rich.filesize import decimal
 from rich.progress import track
 from rich.table import Table
 
-from agnostic_cache.errors import AgnosticCacheError
+from agnostic_cache.errors import AgnosticCacheError, StorageURLError
 from agnostic_cache.storage.backend import StorageBackend, SupportsDescribe
 from agnostic_cache.storage.registry import open_storage
+from agnostic_cache.storage.url import StorageURL
 
 _SHOWN = 100  # characters of a key
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -31,7 +33,7 @@ def inspect(
     Exit code 1 where an entry was found damaged, 2 where the storage cannot be used.
     """
     console, errors = Console(), Console(stderr=True)
-    with _told(errors), open_storage(url, strict=True) as storage:
+    with _told(errors), _open(url) as storage:
         keys = sorted(key for key in storage.list_keys() if fnmatchcase(key, match))
         table = _list(storage, keys, errors, verify=verify, remove=remove)
         damaged = storage.stats().corrupt
@@ -39,6 +41,20 @@ def inspect(
         console.print(f"{len(keys)} entries" + (f", {damaged} damaged" if damaged else ""))
     if damaged:
         raise typer.Exit(1)
+
+
+def _open(url: str) -> StorageBackend:
+    """Open what is there: a directory that is not is not made.
+
+    Raises:
+        StorageURLError: There is no such directory.
+        AgnosticCacheError: It cannot be opened.
+    """
+    parsed = StorageURL.parse(url)
+    if parsed.scheme == "file" and not Path(parsed.path).is_dir():
+        msg = f"there is no directory {parsed.path}; give the one that the storage was opened with"
+        raise StorageURLError(msg)
+    return open_storage(url, strict=True)
 
 
 def _list(storage: StorageBackend, keys: Sequence[str], progress: Console, *, verify: bool, remove: bool) -> Table:

@@ -34,6 +34,7 @@ class CacheServer:
         backend: Where the entries are; closed by `stop`.
         limits: What clients may cost.
         scratch: Memory for bytes that are thrown away; of all connections.
+        trace: What is told of each request, or None.
         waiting_room: Where bodies wait that a slow storage has no room for.
         turned_away: Connections that were one too many.
     """
@@ -62,7 +63,7 @@ class CacheServer:
         self._loop = asyncio.get_running_loop()
         self.clock: Callable[[], float] = self._loop.time
         self._tls = tls
-        self._trace = trace
+        self.trace = trace
         self._threads = ThreadPoolExecutor(self.limits.threads, "agnostic-cache-storage")
         self._listening: list[asyncio.Server] = []
         self._connections: set[Connection] = set()
@@ -193,5 +194,5 @@ class CacheServer:
 
     def traced(self, op: str, result: str, seconds: float) -> None:
         """Tell what was done."""
-        if self._trace is not None:
-            self._trace("server.request", {"op": op, "result": result, "seconds": seconds})
+        if self.trace is not None:
+            self.trace("server.request", {"op": op, "result": result, "seconds": seconds})

@@ -264,7 +264,7 @@ class Connection(asyncio.BufferedProtocol):
             return call()
         except StorageError as error:
             _logger.warning("the storage failed, which is a miss: %s", error)
-        except Exception:
+        except Exception:  # of a third party's storage; the client would wait for an answer that does not come
             _logger.exception("the storage failed, which is a miss")
         return None
 

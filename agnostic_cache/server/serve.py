@@ -19,7 +19,6 @@ from agnostic_cache.server.tls import check_exposed, server_context
 from agnostic_cache.storage.registry import open_storage
 from agnostic_cache.storage.tiered import TieredStorage
 from agnostic_cache.storage.url import StorageURL
-from agnostic_cache.trace import Trace
 
 _logger = logging.getLogger("agnostic_cache.server")
 _FILES = 128  # that a server has open besides its connections
@@ -74,8 +73,8 @@ async def serve(config: ServeConfig, *, ready: Callable[[str], None] = lambda _:
     backend = _open(config.tiers)
     with ExitStack() as stack:
         stack.callback(backend.close)
-        monitor, trace = _monitor(config, backend, stack)
-        server = CacheServer(backend, limits=config.limits, tls=context, trace=trace)
+        server = CacheServer(backend, limits=config.limits, tls=context)
+        monitor = _monitor(config, server, stack)
         try:
             host, port = await server.listen(config.host, config.port)
             where = [f"{'lm+tls' if context else 'lm'}://{host}:{port}"]
@@ -146,19 +145,21 @@ def _allow_files(count: int) -> None:
         _logger.warning("only %d files may be open, %d fewer than connections may need", wanted, count - wanted)
 
 
-def _monitor(config: ServeConfig, backend: LMSLocalBackend, stack: ExitStack) -> tuple[int | None, Trace | None]:
-    """Start what tells of the server, where that is asked for; return its port, and what it must be told."""
+def _monitor(config: ServeConfig, server: CacheServer, stack: ExitStack) -> int | None:
+    """Start what tells of the server, where that is asked for; return its port."""
     if config.metrics_port is None:
-        return None, None
+        return None
     try:
         made = import_module("agnostic_cache.server.monitor")
     except ModuleNotFoundError as error:
         msg = f"metrics need a library that is not installed ({error}); pip install 'agnostic-cache[metrics]'"
         raise MissingExtraError(msg) from error
     metrics = made.Metrics()
-    for name, tier, stats in zip(_names(config.tiers), config.tiers, backend.tiers, strict=True):
+    for name, tier, stats in zip(_names(config.tiers), config.tiers, server.backend.tiers, strict=True):
         policy = StorageURL.parse(tier).options.get("evictor", "adaptive") if "://" in tier else "adaptive"
         metrics.watch(name, policy, stats)
+    metrics.watch_connections(lambda: server.connections)
+    server.trace = metrics.trace
     loop = asyncio.get_running_loop()
 
     def is_healthy() -> bool:
@@ -173,5 +174,4 @@ def _monitor(config: ServeConfig, backend: LMSLocalBackend, stack: ExitStack) ->
     monitor = made.Monitor(config.metrics_port, metrics, is_healthy)
     stack.callback(monitor.close)
     port: int = monitor.port
-    trace: Trace = metrics.trace
-    return port, trace
+    return port

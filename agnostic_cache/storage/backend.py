@@ -293,15 +293,18 @@ def check_key(key: object) -> None:
         raise InvalidKeyError(msg)
 
 
-def check_buffer(buffer: memoryview, nbytes: int) -> None:
-    """Refuse a buffer that a blob does not fit into.
+def hand_over(blob: memoryview | None, buffer: memoryview) -> int | None:
+    """Do what `SupportsGetInto.get_into` does with what `StorageBackend.get` gave.
 
     Raises:
-        ValueError: It is too small, or cannot be written.
+        ValueError: `buffer` is too small, or cannot be written.
     """
-    if buffer.readonly or buffer.nbytes < nbytes:
-        msg = f"a buffer of {buffer.nbytes} bytes, read-only: {buffer.readonly}, for a blob of {nbytes}"
+    if blob is None:
+        return None
+    if buffer.readonly or buffer.nbytes < blob.nbytes:
+        msg = f"a buffer of {buffer.nbytes} bytes, read-only: {buffer.readonly}, for a blob of {blob.nbytes}"
         raise ValueError(msg)
+    return copy_into(buffer, (blob,))
 
 
 def pieces_of(blob: Blob) -> tuple[int, Iterable[memoryview]]:

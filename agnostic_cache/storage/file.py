@@ -9,7 +9,7 @@ What is acknowledged has reached the kernel: it survives the process. With ``syn
 import logging
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -23,9 +23,8 @@ from agnostic_cache.storage.backend import (
     EntryFacts,
     StorageBackend,
     StorageStats,
-    check_buffer,
     check_key,
-    copy_into,
+    hand_over,
 )
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.codec import encode
@@ -120,7 +119,7 @@ class FileStorage(StorageBackend):
         self._lock = Lock()  # guards everything below; held for dict operations and counting only
         self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
         self._known = 0  # holds: the sum of the sizes in _files
-        self._hits = self._misses = self._puts = self._refused = self._evictions = self._corrupt = 0
+        self._counts = Counter[str]()  # of `StorageStats`
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -155,8 +154,8 @@ class FileStorage(StorageBackend):
                     os.fsync(file)
                 status = self._bring_in(aside, name, new)
         with self._lock.taken():
-            self._puts += status is PutStatus.LEGAL
-            self._refused += status is PutStatus.ILLEGAL
+            self._counts["puts"] += status is PutStatus.LEGAL
+            self._counts["refused"] += status is PutStatus.ILLEGAL
         return status
 
     def _bring_in(self, aside: Path, name: str, new: _File) -> PutStatus:
@@ -193,7 +192,7 @@ class FileStorage(StorageBackend):
                         counted = status is PutStatus.LEGAL
                     for victim in victims:
                         self._unlist(victim)
-                    self._evictions += len(victims)
+                    self._counts["evictions"] += len(victims)
                 if not victims:  # none is needed, or none is known
                     break
                 for victim in victims:
@@ -227,10 +226,10 @@ class FileStorage(StorageBackend):
                 self._put_away(name, error)
         with self._lock.taken():
             if found is None:
-                self._misses += 1
+                self._counts["misses"] += 1
                 return None
             nbytes, blob = found
-            self._hits += 1
+            self._counts["hits"] += 1
             # One that this process did not know may be gone again; whoever removes it unlists it after this.
             if self._files.get(name) == _File(key, nbytes) or self._directory.contains(name):
                 self._learn(name, _File(key, nbytes))
@@ -243,11 +242,7 @@ class FileStorage(StorageBackend):
         Raises:
             ValueError: `buffer` is too small.
         """
-        blob = self.get(key)
-        if blob is None:
-            return None
-        check_buffer(buffer, blob.nbytes)
-        return copy_into(buffer, (blob,))
+        return hand_over(self.get(key), buffer)
 
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`."""
@@ -300,12 +295,7 @@ class FileStorage(StorageBackend):
                 entries=len(self._files),
                 current_bytes=self._known,
                 max_bytes=self.max_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                puts=self._puts,
-                refused=self._refused,
-                evictions=self._evictions,
-                corrupt=self._corrupt,
+                **self._counts,
             )
 
     # --- what this process knows of the directory ---------------------------------------------------------------------
@@ -339,7 +329,7 @@ class FileStorage(StorageBackend):
         away = self._directory.put_away(name)
         _logger.warning("an entry is damaged, which is a miss, and now at %s: %s", away, error)
         with self._lock.taken():
-            self._corrupt += 1
+            self._counts["corrupt"] += 1
             self._evictor.update_on_remove(name, self._files)
             self._unlist(name)
 

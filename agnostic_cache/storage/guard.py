@@ -17,11 +17,10 @@ from agnostic_cache.storage.backend import (
     StorageBackend,
     StorageStats,
     SupportsGetInto,
-    check_buffer,
     check_key,
     contains_many,
-    copy_into,
     get_many,
+    hand_over,
     put_many,
 )
 from agnostic_cache.storage.forks import watch
@@ -148,11 +147,7 @@ class GuardedStorage(StorageBackend):
         backend = self.backend
         if isinstance(backend, SupportsGetInto):
             return self._ask(lambda: backend.get_into(key, buffer), None)
-        blob = self.get(key)
-        if blob is None:
-            return None
-        check_buffer(buffer, blob.nbytes)
-        return copy_into(buffer, (blob,))
+        return hand_over(self.get(key), buffer)
 
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`; False where the backend failed."""

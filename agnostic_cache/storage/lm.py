@@ -11,6 +11,7 @@ stays there as an empty entry, which `contains` takes for one.
 
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Final, Self, TypeVar
@@ -68,7 +69,7 @@ class LMStorage(StorageBackend):
         self._pool = LMPool(address, max_connections)
         self._blocks = BlockPool()
         self._lock = threading.RLock()  # guards the counts; a finaliser may count in the middle of it
-        self._hits = self._misses = self._puts = self._refused = self._corrupt = 0
+        self._counts = Counter[str]()  # of `StorageStats`
         health = _request(ClientCommand.HEALTH, "")
         try:
             self._pool.use(lambda connection: _is_there(connection, health))
@@ -170,8 +171,8 @@ class LMStorage(StorageBackend):
             for found, (key, blob) in zip(there, blobs.items(), strict=True)
         ]
         with self._lock:
-            self._puts += sum(kept)
-            self._refused += len(kept) - sum(kept)
+            self._counts["puts"] += sum(kept)
+            self._counts["refused"] += len(kept) - sum(kept)
         return [PutStatus.LEGAL if one else PutStatus.ILLEGAL for one in kept]
 
     def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
@@ -183,8 +184,8 @@ class LMStorage(StorageBackend):
         )
         blobs = [self._opened(key, whole) for key, whole in zip(keys, found, strict=True)]
         with self._lock:
-            self._hits += sum(blob is not None for blob in blobs)
-            self._misses += sum(blob is None for blob in blobs)
+            self._counts["hits"] += sum(blob is not None for blob in blobs)
+            self._counts["misses"] += sum(blob is None for blob in blobs)
         return blobs
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
@@ -203,13 +204,7 @@ class LMStorage(StorageBackend):
     def stats(self) -> StorageStats:
         """Return what this process asked for, and got; what the server holds, its own metrics say."""
         with self._lock:
-            return StorageStats(
-                hits=self._hits,
-                misses=self._misses,
-                puts=self._puts,
-                refused=self._refused,
-                corrupt=self._corrupt,
-            )
+            return StorageStats(**self._counts)
 
     # --- on the wire --------------------------------------------------------------------------------------------------
 
@@ -254,7 +249,7 @@ class LMStorage(StorageBackend):
             blob, codec = None, ""
         if blob is None or codec:
             with self._lock:
-                self._corrupt += 1
+                self._counts["corrupt"] += 1
             return None
         return blob
 

@@ -3,7 +3,7 @@
 import mmap
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Final, NamedTuple, Self
 
@@ -15,9 +15,9 @@ from agnostic_cache.storage.backend import (
     Blob,
     StorageBackend,
     StorageStats,
-    check_buffer,
     check_key,
     copy_into,
+    hand_over,
     pieces_of,
 )
 from agnostic_cache.storage.blocks import BlockPool, is_read
@@ -152,7 +152,7 @@ class MemoryStorage(StorageBackend):
         self._deferred: list[tuple[weakref.ref[mmap.mmap], int]] = []  # left while somebody read them; his to free
         self._reserved = 0  # bytes of the blocks that are being written by those who reserved them
         self._listed = 0  # holds: the sum of the blocks of _entries
-        self._hits = self._misses = self._puts = self._refused = self._evictions = 0
+        self._counts = Counter[str]()  # of `StorageStats`
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -174,7 +174,7 @@ class MemoryStorage(StorageBackend):
             replaces = key in self._entries
             leaving = self._make_room(key, size)
             if leaving is None:
-                self._refused += 1
+                self._counts["refused"] += 1
                 return PutStatus.ILLEGAL
             arrival = _Arrival(size, replaces, threading.get_ident(), threading.Event())
             self._arriving[key] = arrival
@@ -195,7 +195,7 @@ class MemoryStorage(StorageBackend):
                 self._unlist(key)  # what came by a reservation meanwhile
                 self._entries[key] = _Entry(block, nbytes)
                 self._listed += size
-                self._puts += 1
+                self._counts["puts"] += 1
         arrival.done.set()
         return PutStatus.LEGAL
 
@@ -209,7 +209,7 @@ class MemoryStorage(StorageBackend):
         victims, status = self._evictor.update_on_put(self._entries, size, key=key, room=room)
         if status is PutStatus.ILLEGAL:
             return None
-        self._evictions += len(victims)
+        self._counts["evictions"] += len(victims)
         return [block for name in (*victims, key) if (block := self._unlist(name)) is not None]
 
     def _unlist(self, key: str) -> mmap.mmap | None:
@@ -242,11 +242,11 @@ class MemoryStorage(StorageBackend):
             if fits and over > 0:
                 victims = self._evictor.evict(self._entries, room=_Room(self._entries, over))
                 leaving = [self._unlist(name) for name in victims]
-                self._evictions += len(victims)
+                self._counts["evictions"] += len(victims)
                 fits = self._taken() <= self.max_bytes  # it does not where too much is being read
             if not fits:
                 self._reserved -= size
-                self._refused += 1
+                self._counts["refused"] += 1
                 return None
         try:
             block = self._replace(leaving, size)
@@ -264,11 +264,11 @@ class MemoryStorage(StorageBackend):
             self._check_open()
             leaving = self._make_room(key, size)
             if leaving is None:
-                self._refused += 1
+                self._counts["refused"] += 1
             else:
                 self._entries[key] = _Entry(block, nbytes)
                 self._listed += size
-                self._puts += 1
+                self._counts["puts"] += 1
             spare = min(self.max_bytes - self._taken(), _IDLE_AFTER_RECEIVING)
         for left in leaving or ():
             self._pool.give(left, self.max_bytes)
@@ -314,9 +314,9 @@ class MemoryStorage(StorageBackend):
         """Return what is listed under a key. The lock is held."""
         entry = self._entries.get(key)
         if entry is None or self._evictor.has_expired(key):
-            self._misses += 1
+            self._counts["misses"] += 1
             return None
-        self._hits += 1
+        self._counts["hits"] += 1
         self._evictor.update_on_get(key, self._entries)
         return memoryview(entry.block)[: entry.nbytes].toreadonly()
 
@@ -333,11 +333,7 @@ class MemoryStorage(StorageBackend):
         Raises:
             ValueError: `buffer` is too small.
         """
-        blob = self.get(key)
-        if blob is None:
-            return None
-        check_buffer(buffer, blob.nbytes)
-        return copy_into(buffer, (blob,))
+        return hand_over(self.get(key), buffer)
 
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`."""
@@ -384,11 +380,7 @@ class MemoryStorage(StorageBackend):
                 current_bytes=self._listed,
                 deferred_bytes=self._deferred_bytes(),
                 max_bytes=self.max_bytes,
-                hits=self._hits,
-                misses=self._misses,
-                puts=self._puts,
-                refused=self._refused,
-                evictions=self._evictions,
+                **self._counts,
             )
 
     def _check_open(self) -> None:

@@ -188,6 +188,9 @@ class TestTheCommand:
                 'agnostic_cache_bytes{tier="memory"}',
             ]
             until(lambda: all(line in page("metrics") for line in wanted))
+            until(lambda: "agnostic_cache_connections 0.0" in page("metrics"))
+            with server.client(), server.client():
+                until(lambda: "agnostic_cache_connections 2.0" in page("metrics"))
             with pytest.raises(urllib.error.HTTPError):
                 page("etc/passwd")
 

@@ -69,6 +69,13 @@ def test_what_cannot_be_used_is_one_line(url: str) -> None:
     assert "Traceback" not in done.output
 
 
+def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    done = run("inspect", f"file://{tmp_path}/typo")
+    assert done.exit_code == 2
+    assert f"no directory {tmp_path}/typo" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_doctor_tells_what_works_and_how_to_get_the_rest() -> None:
     done = run("doctor")
     assert done.exit_code == 0
