@@ -61,6 +61,12 @@ def install(session: nox.Session, *requirements: str, extras: Iterable[str] = ()
     session.install("--no-deps", "--force-reinstall", str(wheel))  # same version, new contents, where nox reuses a venv
 
 
+def programs(session: nox.Session, *names: str) -> None:
+    """Stop where a program that the tests start is not there."""
+    if missing := [name for name in names if not shutil.which(name)]:
+        session.error(f"no {' and no '.join(missing)}; on Debian: apt-get install redis-server openssl")
+
+
 def test(session: nox.Session, room: str, *adapters: str, without: str = "") -> None:  # noqa: PT028 - no test itself
     """Run the tests of a room, the facts that it rests on, and the doctests of its modules.
 
@@ -156,7 +162,8 @@ def flax(session: nox.Session) -> None:
 
 @nox.session(tags=["tests", "frameworks"])
 def interop(session: nox.Session) -> None:
-    """From each framework to each other, in one process."""
+    """From each framework to each other: in one process, and between processes, through a disk and a Redis."""
+    programs(session, "redis-server")
     install(session, *group("test"), extras=EXTRAS)
     test(session, "interop", *FRAMEWORKS)
 
@@ -164,8 +171,7 @@ def interop(session: nox.Session) -> None:
 @nox.session(tags=["tests"])
 def storage(session: nox.Session) -> None:
     """States as bytes, and where they are kept: files, and a real Redis that the tests start."""
-    if not all(map(shutil.which, ("redis-server", "redis-cli", "openssl"))):
-        session.error("redis-server, redis-cli or openssl is missing; on Debian: apt-get install redis-server openssl")
+    programs(session, "redis-server", "redis-cli", "openssl")
     install(session, *group("storage"), extras=STORAGE)
     session.run("pytest", "tests/storage", "--doctest-modules", "--pyargs", "agnostic_cache.storage", *session.posargs)
 
@@ -217,6 +223,7 @@ def minimums(session: nox.Session) -> None:
     stress = "what_others_evict"  # 100,000 reads each: once per framework, on its newest version, are enough
     for framework in FRAMEWORKS:
         test(session, framework, framework, without=stress)
+    programs(session, "redis-server")
     test(session, "interop", *FRAMEWORKS, without=stress)
     session.run("pytest", "tests/replay/test_cli.py")
 
