@@ -94,7 +94,8 @@ def fill_template(parts: Sequence["KVState"], like: object, layout: "KVLayout | 
     fills: list[tuple[str, Fill]] = []
     counters: dict[str, Array] = {}
     taken: set[str] = set()
-    vacant = _vacant(last._node) - last.leaves.keys() - last.missing
+    any_vacant = any(slot.array is None for slot in slots.values())
+    vacant = _vacant(last._node) - last.leaves.keys() - last.missing if any_vacant else ()
     for name, slot in slots.items():
         if slot.role is LENGTH:
             if slot.array is not None:
