@@ -192,7 +192,7 @@ class CacheServer:
         """Make a call that may block, from a thread."""
         return self._loop.run_in_executor(self._threads, call)
 
-    def traced(self, op: str, result: str, seconds: float) -> None:
-        """Tell what was done."""
+    def traced(self, op: str, result: str, began: float) -> None:
+        """Tell what was done since a time of the clock."""
         if self.trace is not None:
-            self.trace("server.request", {"op": op, "result": result, "seconds": seconds})
+            self.trace("server.request", {"op": op, "result": result, "seconds": self.clock() - began})

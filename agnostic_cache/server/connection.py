@@ -7,10 +7,11 @@ follows it.
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
 from agnostic_cache.errors import StorageError, WireError
 from agnostic_cache.eviction.evictor import PutStatus
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("agnostic_cache.server")
 _PIECE: Final = 256 * 1024  # bytes given to the transport at a time: before Python 3.12 it copies what it cannot send
+_READS: Final = 4  # of a body at a time, then it is others' turn
 _QUICKACK: Final[int] = getattr(socket, "TCP_QUICKACK", 0)  # of Linux
+_NOTHING: Final = memoryview(b"")
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 
 def _short(code: ServerReturnCode, length: int = 0) -> bytes:
@@ -39,6 +43,7 @@ def _short(code: ServerReturnCode, length: int = 0) -> bytes:
     return ServerMetaMessage(code, length, MemoryFormat.KV_2LTD, Dtype.FLOAT16, (0, 0, 0, 0)).serialize()
 
 
+_OPS: Final = {command: command.name.lower() for command in ClientCommand}
 _YES: Final = _short(ServerReturnCode.SUCCESS)
 _NO: Final = _short(ServerReturnCode.FAIL)
 
@@ -73,6 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self._asking = self._lost = self._stops = False
         self._began = 0.0
         self._tcp: socket.socket | None = None
+        self._file: int | None = None  # its number, where what it reads is what was sent
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -85,6 +91,8 @@ class Connection(asyncio.BufferedProtocol):
             self.peer = "{}:{}".format(*transport.get_extra_info("peername", ("?", 0))[:2])
             found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._tcp = found if _QUICKACK else None
+        if found is not None and transport.get_extra_info("sslcontext") is None:
+            self._file = found.fileno()
         transport.set_write_buffer_limits(high=1, low=0)  # with 0, TLS would pause for ever: nothing is too much
         if self._server.admits(self):
             self._await_request()
@@ -120,7 +128,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _idle(self) -> bool:
-        return self._meta is None and not self._to_drain and len(self._target) == len(self._header)
+        return self._target is self._header
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
@@ -129,28 +137,50 @@ class Connection(asyncio.BufferedProtocol):
         return self._target
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Go on with what has come."""
+        """Go on with what has come, and with what comes meanwhile: that costs a call, and not a turn of the loop."""
+        self._received(nbytes)
+        for _ in range(_READS):
+            if self._file is None or self._room is None:
+                return
+            try:
+                nbytes = os.readv(self._file, (self._target,))
+            except OSError:  # nothing is there; or it is for the loop to find out
+                return
+            if not nbytes:
+                return
+            self._received(nbytes)
+
+    def _received(self, nbytes: int) -> None:
         if self._to_drain:
             self._to_drain -= nbytes
             if self._to_drain:
                 self._target = self._target[: self._to_drain]
             else:
+                self._acknowledge()
                 self._end("put", "refused")
             return
         if self._idle:
             self._began = self._server.clock()
-            self._allow(0)
+            if nbytes < len(self._header):
+                self._allow(0)
         self._target = self._target[nbytes:]
         if self._target:
             return
-        if self._tcp is not None:
-            # The client of LMCache leaves Nagle's algorithm on: its body waits until its header is acknowledged.
-            self._tcp.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         if self._meta is None:
             self._begin()
         elif self._room is not None:
+            self._acknowledge()
             room, self._room = self._room, None
             self._ask(room.publish, self._kept)
+
+    def _acknowledge(self) -> None:
+        """Have the system say at once that what was sent is here.
+
+        The client of LMCache leaves Nagle's algorithm on: what it sends next waits for that, up to 40 ms, unless an
+        answer brings the news.
+        """
+        if self._tcp is not None:
+            self._tcp.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     def _begin(self) -> None:
         """Do what a whole header asks for."""
@@ -158,17 +188,18 @@ class Connection(asyncio.BufferedProtocol):
             meta = ClientMetaMessage.deserialize(self._header)
         except WireError as error:
             _logger.warning("%s sent what is no request, and is disconnected: %s", self.peer, error)
-            self._server.traced("unknown", "refused", 0.0)
+            self._server.traced("unknown", "refused", self._began)
             self._transport.abort()
             return
-        self._meta = meta
+        self._meta, self.deadline = meta, None
         backend = self._backend
         match meta.command:
             case ClientCommand.GET:
-                self._ask(partial(backend.response, meta.key), self._found)
+                self._ask(backend.response, self._found, meta.key)
             case ClientCommand.EXIST:
-                self._ask(partial(backend.contains, meta.key), self._said)
+                self._ask(backend.contains, self._said, meta.key)
             case ClientCommand.PUT:
+                self._acknowledge()
                 self._put(meta)
             case ClientCommand.LIST:
                 self._ask(backend.list_keys, self._listed)
@@ -177,7 +208,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _put(self, meta: ClientMetaMessage) -> None:
         if is_removal(meta):
-            self._ask(partial(self._backend.storage.remove, meta.key.to_string()), self._removed)
+            self._ask(self._backend.storage.remove, self._removed, meta.key.to_string())
         elif not self._backend.blocks:
             self._receive()
         else:
@@ -241,14 +272,14 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- what is asked of the storage ---------------------------------------------------------------------------------
 
-    def _ask(self, call: Callable[[], _T], then: Callable[[_T | None], None]) -> None:
+    def _ask(self, call: Callable[[*_Ts], _T], then: Callable[[_T | None], None], *args: *_Ts) -> None:
         """Call the storage, from a thread where it may block; its failure is None."""
         if not self._backend.blocks:
-            then(self._answer_of(call))
+            then(self._answer_of(call, *args))
             return
         self._asking, self.deadline = True, None
         self._transport.pause_reading()
-        future = self._server.run(partial(self._answer_of, call))
+        future = self._server.run(partial(self._answer_of, call, *args))
         future.add_done_callback(partial(self._go_on, then))
 
     def _go_on(self, then: Callable[[Any], None], future: "asyncio.Future[Any]") -> None:
@@ -259,9 +290,9 @@ class Connection(asyncio.BufferedProtocol):
         then(future.result())
 
     @staticmethod
-    def _answer_of(call: Callable[[], _T]) -> _T | None:
+    def _answer_of(call: Callable[[*_Ts], _T], *args: *_Ts) -> _T | None:
         try:
-            return call()
+            return call(*args)
         except StorageError as error:
             _logger.warning("the storage failed, which is a miss: %s", error)
         except Exception:  # of a third party's storage; the client would wait for an answer that does not come
@@ -297,7 +328,7 @@ class Connection(asyncio.BufferedProtocol):
             if self.deadline is None:
                 self._allow(self._unsent.nbytes)
         elif self._meta is not None and self._result is not None:
-            self._end(self._meta.command.name.lower(), self._result)
+            self._end(_OPS[self._meta.command], self._result)
 
     def pause_writing(self) -> None:
         """Note that the transport takes no more."""
@@ -313,13 +344,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self, op: str, result: str) -> None:
         """Note that a request is done, and wait for the next."""
-        self._leave_waiting_room()
-        self._server.traced(op, result, self._server.clock() - self._began)
+        if self._waiting_bytes:
+            self._leave_waiting_room()
+        self._server.traced(op, result, self._began)
         self._await_request()
 
     def _await_request(self) -> None:
         self._meta, self._result, self._target = None, None, self._header
-        self._unsent = memoryview(b"")  # even an empty view of an entry keeps it from leaving
+        self._unsent = _NOTHING  # even an empty view of an entry keeps it from leaving
         self.deadline = None
         if self._stops:
             self._transport.close()

@@ -98,6 +98,9 @@ class LMSLocalBackend(LMSBackendInterface):
         """Keep entries in `storage`, which is closed with this; None for memory."""
         self.storage = MemoryStorage() if storage is None else storage
         self.blocks = not isinstance(self.storage, SupportsReserve)
+        self._reserve: Callable[[int], Reservation | None] = partial(_Buffer, self.storage)
+        if isinstance(self.storage, SupportsReserve):
+            self._reserve = self.storage.reserve
         self.tiers: list[Stats] = [self.storage.stats]
         if isinstance(self.storage, TieredStorage):
             self.tiers = [partial(_tier, self.storage, number) for number in range(len(self.storage.tier_stats()))]
@@ -163,10 +166,9 @@ class LMSLocalBackend(LMSBackendInterface):
             WireError: The header cannot be kept.
         """
         nbytes = BODY + client_meta.length
-        storage = self.storage
         if self._max_bytes is not None and nbytes > self._max_bytes:
             return None
-        reservation = storage.reserve(nbytes) if isinstance(storage, SupportsReserve) else _Buffer(storage, nbytes)
+        reservation = self._reserve(nbytes)
         return None if reservation is None else Room(reservation, client_meta)
 
     def response(self, key: CacheEngineKey) -> memoryview | None:

@@ -296,6 +296,8 @@ class MemoryStorage(StorageBackend):
 
     def _deferred_bytes(self) -> int:
         """Count what left and is still read. The lock is held."""
+        if not self._deferred:
+            return 0
         self._deferred = [(block, nbytes) for block, nbytes in self._deferred if block() is not None]
         return sum(nbytes for _, nbytes in self._deferred)
 
