@@ -238,7 +238,7 @@ class TieredStorage(StorageBackend):
 
     def flush(self) -> None:
         """Wait until everything that was put is in every tier, but for what `tier_stats` counts as skipped."""
-        for tier in self._tiers:
+        for tier in reversed(self._tiers):  # what comes up from a tier waits for those above
             tier.flush()
 
     def close(self) -> None:

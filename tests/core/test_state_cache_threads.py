@@ -237,12 +237,15 @@ def test_of_two_that_put_one_key_at_a_time_one_is_kept(pool: ThreadPoolExecutor)
     def wait() -> None:
         both.wait(HANG_SECONDS)
 
+    def put(number: int) -> PutStatus:
+        return cache.put("a", memory.state(64, fill=number))  # gone when it returns: a future keeps arguments longer
+
     memory = Waiting()
     cache = StateCache(256, adapter=memory)
     both = threading.Barrier(2)
     memory.wait = wait
-    for put in [pool.submit(cache.put, "a", memory.state(64, fill=n)) for n in range(2)]:
-        assert put.result(HANG_SECONDS) is LEGAL
+    for done in [pool.submit(put, number) for number in range(2)]:
+        assert done.result(HANG_SECONDS) is LEGAL
     memory.wait = None
     check(cache, memory)
     assert cache.current_bytes == 64
