@@ -1,6 +1,7 @@
 """What a prefix cannot serve goes past the cache, or is keyed; each of these gives wrong tokens on a naive cache."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import hf_structures
@@ -171,6 +172,12 @@ def test_an_encoder() -> None:
 def test_a_model_that_goes_on_by_one_token_only() -> None:
     model = hf_structures.minimax().model
     bypasses(model, inputs(PROMPT), make(model))
+
+
+def test_virtual_tokens_before_the_prompt(model: Any) -> None:
+    cache = primed(model)
+    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)  # as PEFT tells it
+    bypasses(model, inputs(PROMPT), cache)
 
 
 def test_blocks_that_cut_rows() -> None:

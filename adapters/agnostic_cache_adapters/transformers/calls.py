@@ -97,6 +97,8 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return "the model has an encoder"
     if inputs.get("assistant_model") is not None or config.get_generation_mode(None) not in _MODES:
         return "assisted, prompt-lookup and other decoding that rolls its cache back"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "virtual tokens stand before the prompt"
     if model.config.get_text_config(decoder=True).model_type in _TOKEN_BY_TOKEN:
         return "the model goes on from a state by one token at a time only"
     if not config.use_cache:

@@ -80,16 +80,18 @@ def scores(
 
 def _scored(model: Any, context: list[int], continuations: list[list[int]], kv: Any) -> list[Score]:
     """Compute what `kv` does not hold of context and continuations; `kv` is used up."""
-    known = kv.get_seq_length() if kv is not None else 0
+    known = 0 if kv is None else kv.get_seq_length()
     # Of a continuation, all but the last token goes in: those of one token are all scored by one row.
     rows = {row: i for i, row in enumerate(dict.fromkeys(tuple(one[:-1]) for one in continuations))}
     longest = max(map(len, rows)) + 1
     ids = torch.tensor([[*context[known:], *row, *[0] * (longest - 1 - len(row))] for row in rows], device=model.device)
-    if len(rows) > 1 and known:
+    if kv is not None and known and len(rows) > 1:
         prefill.repeat(kv.layers, len(rows))
-    keep = {"logits_to_keep": longest} if model._supports_logits_to_keep() else {}  # noqa: SLF001 - what generate asks
+    settings: dict[str, Any] = {"use_cache": False} if kv is None else {"use_cache": True, "past_key_values": kv}
+    if model._supports_logits_to_keep():  # noqa: SLF001 - what generate asks
+        settings["logits_to_keep"] = longest
     # What stands behind a shorter row changes nothing before it.
-    logits = model(input_ids=ids, past_key_values=kv, use_cache=kv is not None, **keep).logits[:, -longest:].float()
+    logits = model(input_ids=ids, **settings).logits[:, -longest:].float()
     found = []
     for one in continuations:
         mine = logits[rows[tuple(one[:-1])], : len(one)]
