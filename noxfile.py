@@ -1,8 +1,9 @@
 """Every check of this project, each in an environment that holds only what it names.
 
-``nox`` runs all but `demo`, `bench` and `gpu`; ``nox -s jax`` runs one of them, ``nox -t tests`` those that run tests.
-What follows ``--`` goes to pytest (``nox -s core -- -k lru``) or to the demo. Pythons, extras and groups are read from
-pyproject.toml. The sessions install the wheel that this tree builds, so that packaging is tested with everything else.
+``nox`` runs all but `demo`, `bench`, `lm_eval` and `gpu`; ``nox -s jax`` runs one of them, ``nox -t tests`` those that
+run tests. What follows ``--`` goes to pytest (``nox -s core -- -k lru``) or to the demo. Pythons, extras and groups are
+read from pyproject.toml. The sessions install the wheel that this tree builds, so that packaging is tested with
+everything else.
 """
 
 import os
@@ -23,13 +24,23 @@ nox.options.error_on_missing_interpreters = "CI" in os.environ
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+del EXTRAS["lm-eval"]  # a hundred packages more: the session `lm_eval` alone asks for it
 FRAMEWORKS: list[str] = list(PYPROJECT["project"]["entry-points"]["agnostic_cache.adapters"])
 PYTHONS = nox.project.python_versions(PYPROJECT)
 STORAGE = ["cli", "redis", "xxhash", "zstd"]
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
 # Modules that import what an extra brings: their doctests run in the sessions `storage`, `server` and `replay`.
-BEHIND_EXTRAS = ("cli/*", "metrics.py", "server/monitor.py", "storage/byteplanes.py", "storage/redis.py")
+BEHIND_EXTRAS = (
+    "agnostic_cache/cli/*",
+    "agnostic_cache/metrics.py",
+    "agnostic_cache/server/monitor.py",
+    "agnostic_cache/storage/byteplanes.py",
+    "agnostic_cache/storage/redis.py",
+    "agnostic_cache_adapters/transformers/lm_eval.py",
+)
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # to what Hugging Face's libraries look up by themselves
 
 # Run in an environment that holds the wheel and nothing else, not even pip.
 BARE_IMPORT = """
@@ -75,7 +86,7 @@ def test(session: nox.Session, room: str, *adapters: str, without: str = "") -> 
     modules = [f"agnostic_cache_adapters.{adapter}" for adapter in adapters] or ["agnostic_cache"]
     session.run("python", "-P", "-c", f"import {', '.join(modules)}")
     facts = map(str, Path("tests/facts").glob(f"test_{room}_facts.py"))
-    doctests = ["--doctest-modules", *(f"--ignore-glob=*/agnostic_cache/{module}" for module in BEHIND_EXTRAS)]
+    doctests = ["--doctest-modules", *(f"--ignore-glob=*/{module}" for module in BEHIND_EXTRAS)]
     # One thread per worker: the models of the tests are tiny, and threads that wait for one another cost more.
     workers = ["-n", "2", "--dist", "worksteal"]
     chosen = ["-k", f"not {without}"] if without else []
@@ -199,6 +210,13 @@ def mellea(session: nox.Session) -> None:
     test(session, "mellea", "transformers")
 
 
+@nox.session(default=False)
+def lm_eval(session: nox.Session) -> None:
+    """lm-eval with few-shot examples computed once, against its own `hf` model; 100 packages, two minutes and more."""
+    install(session, *group("test"), extras=["lm-eval"])
+    session.run("pytest", "tests/lm_eval", *session.posargs, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+
+
 @nox.session(default=False, venv_params=["--system-site-packages"])
 def gpu(session: nox.Session) -> None:
     """A CUDA device, with the torch and the JAX of this machine; fails where there is none."""
@@ -241,7 +259,8 @@ def bench(session: nox.Session) -> None:
     """Every figure that the docs give, as a ratio in one run; `-- --benchmark-disable` only checks the results."""
     install(session, *group("bench"), extras=["transformers", "jax", *STORAGE])
     session.install("--no-compile", "--no-deps", *group("bench-bare"))
-    session.run("pytest", "tests/benchmarks", "--ignore=tests/benchmarks/test_server.py", *session.posargs)
+    elsewhere = (f"--ignore=tests/benchmarks/test_{name}.py" for name in ("server", "lm_eval"))
+    session.run("pytest", "tests/benchmarks", *elsewhere, *session.posargs)
 
 
 @nox.session(default=False, reuse_venv=True)
@@ -250,3 +269,11 @@ def bench_server(session: nox.Session) -> None:
     install(session, *group("lmcache"), "pytest-benchmark>=5.2", extras=["cli", "transformers"])
     session.install("--no-compile", "--no-deps", *group("lmcache-bare"))
     session.run("pytest", "tests/benchmarks/test_server.py", *session.posargs)
+
+
+@nox.session(default=False, reuse_venv=True)
+def bench_lm_eval(session: nox.Session) -> None:
+    """Few-shot questions of lm-eval with a cache, against its own `hf` model."""
+    install(session, *group("bench"), extras=["lm-eval"])
+    session.install("--no-compile", "--no-deps", *group("bench-bare"))
+    session.run("pytest", "tests/benchmarks/test_lm_eval.py", *session.posargs, env=OFFLINE)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from pytest_benchmark.fixture import BenchmarkFixture
+    from transformers import DynamicCache
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+PREFIX = 2048
+"""Tokens of the document that `demo` has the state of."""
 
 
 class Figure(NamedTuple):
@@ -143,6 +150,34 @@ def race(benchmark: BenchmarkFixture) -> Race:
 @pytest.fixture
 def report(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Report:
     return Report(benchmark, pytestconfig.stash.setdefault(FIGURES, []))
+
+
+class Demo(NamedTuple):
+    """A real model, and a document of which it has read the first `PREFIX` tokens."""
+
+    model: Any
+    tokenizer: Any
+    tokens: list[int]
+    state: DynamicCache
+
+
+@pytest.fixture(scope="session")
+def demo() -> Demo:
+    """SmolLM2, a document of 2,048 tokens and 128 to go on with, and the state of the document."""
+    import torch  # noqa: PLC0415 - most benchmarks need none
+    from transformers import DynamicCache  # noqa: PLC0415
+
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import smollm2  # noqa: PLC0415 - an example, found by its path
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model, tokenizer = smollm2.load_torch()
+    tokens = smollm2.document(tokenizer, PREFIX + 128)
+    state = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.tensor([tokens[:PREFIX]]), past_key_values=state, logits_to_keep=1)
+    return Demo(model, tokenizer, tokens, state)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,32 +17,14 @@ from agnostic_cache.storage.memory import MemoryStorage
 from agnostic_cache.storage.tiered import TieredStorage
 
 if TYPE_CHECKING:
-    from tests.benchmarks.conftest import Race, Report
+    from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-
-
-@pytest.fixture(scope="module")
-def prefilled() -> tuple[Any, list[int], DynamicCache]:
-    """SmolLM2, a document of 2,048 tokens and text to go on with, and the state of the document."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import smollm2  # noqa: PLC0415 - an example, found by its path
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    model, tokenizer = smollm2.load_torch()
-    tokens = smollm2.document(tokenizer, 2048 + 128)
-    state = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.tensor([tokens[:2048]]), past_key_values=state, logits_to_keep=1)
-    return model, tokens, state
+    from tests.benchmarks.conftest import Demo, Race, Report
 
 
 @pytest.mark.parametrize("new", [8, 32, 128])
-def test_warm_time_to_first_token(
-    new: int, prefilled: tuple[Any, list[int], DynamicCache], race: Race, report: Report
-) -> None:
-    model, tokens, state = prefilled
+def test_warm_time_to_first_token(new: int, demo: Demo, race: Race, report: Report) -> None:
+    model, _, tokens, state = demo
     cache = StateCache("1GiB")
     cache.put("document", state)
     prompt = torch.tensor([tokens[: 2048 + new]])
@@ -85,8 +65,8 @@ def bf16_block(state: DynamicCache, start: int, stop: int) -> KVState:
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # it is a size that is measured
-def test_compression(prefilled: tuple[Any, list[int], DynamicCache], report: Report, tmp_path: Path) -> None:
-    _, _, state = prefilled
+def test_compression(demo: Demo, report: Report, tmp_path: Path) -> None:
+    state = demo.state
     with FileStorage(tmp_path, compress="byteplanes+zstd") as storage:
         blobs = [bytes(encode(bf16_block(state, i, i + 256))) for i in range(0, 2048, 256)]
         for i, blob in enumerate(blobs):
@@ -97,11 +77,9 @@ def test_compression(prefilled: tuple[Any, list[int], DynamicCache], report: Rep
             assert bytes(storage.get(str(i)) or b"") == blob
 
 
-def test_decoding_while_states_are_written(
-    prefilled: tuple[Any, list[int], DynamicCache], race: Race, report: Report, tmp_path: Path
-) -> None:
+def test_decoding_while_states_are_written(demo: Demo, race: Race, report: Report, tmp_path: Path) -> None:
     """A block of 256 tokens is put for every 32 that are decoded: eight times what a loop has to store."""
-    model, tokens, state = prefilled
+    model, _, tokens, state = demo
     parts = encode(bf16_block(state, 0, 256))
     turn = iter(range(10**9))
 

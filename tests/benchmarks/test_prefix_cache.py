@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
 
 from agnostic_cache import KVLayout, PrefixCache, model_fingerprint
 from agnostic_cache.state.dtypes import Dtype
@@ -20,26 +17,9 @@ from agnostic_cache.state.layout import TOKENS
 from agnostic_cache_adapters.transformers import generate
 
 if TYPE_CHECKING:
-    from tests.benchmarks.conftest import Race, Report
+    from tests.benchmarks.conftest import Demo, Race, Report
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 PREFIX = 2048
-
-
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, list[int], DynamicCache]:
-    """SmolLM2, a document of 2,048 tokens and text to go on with, and the state of the document."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import smollm2  # noqa: PLC0415 - an example, found by its path
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    model, tokenizer = smollm2.load_torch()
-    tokens = smollm2.document(tokenizer, PREFIX + 128)
-    state = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.tensor([tokens[:PREFIX]]), past_key_values=state, logits_to_keep=1)
-    return model, tokens, state
 
 
 @pytest.mark.parametrize(("kind", "target"), [("numpy", 2e-3), ("list", 3e-3)])
@@ -60,10 +40,8 @@ def test_match_of_131072_tokens(kind: str, target: float, race: Race, report: Re
 
 
 @pytest.mark.parametrize("new", [8, 32, 128])
-def test_warm_time_to_first_token(
-    new: int, demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
-) -> None:
-    model, tokens, state = demo
+def test_warm_time_to_first_token(new: int, demo: Demo, race: Race, report: Report) -> None:
+    model, _, tokens, state = demo
     cache = PrefixCache("4GiB", namespace=model_fingerprint(model))
     cache.insert(tokens[:PREFIX], state)
     prompt = torch.tensor([tokens[: PREFIX + new]])
@@ -91,8 +69,8 @@ def test_warm_time_to_first_token(
     report(f"generate, {new} new tokens, against copy.deepcopy", seconds["ours"], seconds["recipe"], 1.0)
 
 
-def test_insert_after_a_cold_prefill(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
-    _, tokens, state = demo
+def test_insert_after_a_cold_prefill(demo: Demo, race: Race, report: Report) -> None:
+    _, _, tokens, state = demo
     cache = PrefixCache("4GiB", namespace="m")
     sources = [rows.numpy() for layer in state.layers for rows in (layer.keys, layer.values)]  # type: ignore[union-attr]
 
@@ -110,8 +88,8 @@ def test_insert_after_a_cold_prefill(demo: tuple[Any, list[int], DynamicCache], 
     assert insert() == 0
 
 
-def test_insert_of_what_is_stored(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
-    _, tokens, state = demo
+def test_insert_of_what_is_stored(demo: Demo, race: Race, report: Report) -> None:
+    _, _, tokens, state = demo
     cache = PrefixCache("4GiB", namespace="m")
     cache.insert(tokens[:PREFIX], state)
 
@@ -122,18 +100,16 @@ def test_insert_of_what_is_stored(demo: tuple[Any, list[int], DynamicCache], rac
     report("insert of 2,048 tokens that are stored", race({"ours": insert}, rounds=40)["ours"], None, 1e-3)
 
 
-def test_what_a_fingerprint_takes(demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report) -> None:
-    model = demo[0]
+def test_what_a_fingerprint_takes(demo: Demo, race: Race, report: Report) -> None:
+    model = demo.model
     name = model_fingerprint(model)
     seconds = race({"ours": lambda: model_fingerprint(model)}, rounds=11)
     report("model_fingerprint of 135M parameters", seconds["ours"], None, 50e-3)
     assert model_fingerprint(model) == name
 
 
-def test_bytes_of_prompts_that_share_a_prefix(
-    demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
-) -> None:
-    _, tokens, state = demo
+def test_bytes_of_prompts_that_share_a_prefix(demo: Demo, race: Race, report: Report) -> None:
+    _, _, tokens, state = demo
     cache = PrefixCache("4GiB", namespace="m")
     assert cache.insert(tokens[:PREFIX], state) == PREFIX // cache.block_size
     prefix = cache.stats().current_bytes
@@ -151,10 +127,8 @@ def test_bytes_of_prompts_that_share_a_prefix(
     report("100 tails on one prefix, against their bytes", cache.stats().current_bytes, expected, 1.1, unit="B")
 
 
-def test_a_batch_of_questions_on_one_document(
-    demo: tuple[Any, list[int], DynamicCache], race: Race, report: Report
-) -> None:
-    model, tokens, _ = demo
+def test_a_batch_of_questions_on_one_document(demo: Demo, race: Race, report: Report) -> None:
+    model, _, tokens, _ = demo
     rows = [tokens[:PREFIX] + tokens[i : i + 8 + i] for i in range(8)]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
