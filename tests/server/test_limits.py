@@ -53,6 +53,15 @@ class TestTime:
             assert other.ask(EXIST) == YES
             assert server.backend.storage.stats().deferred_bytes == 0
 
+    def test_who_takes_a_large_answer_has_the_time_of_its_size(self) -> None:
+        limits = Limits(read_seconds=0.2, min_bytes_per_second=4 * MIB)
+        with running(limits=limits) as server, server.client() as slow:
+            assert slow.put(bytes(20 * MIB))
+            slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
+            slow.send(request(GET))
+            threading.Event().wait(1.0)
+            assert len(slow.read(36 + 20 * MIB)) == 36 + 20 * MIB
+
     def test_idle_clients_stay(self) -> None:
         with running(limits=HASTY) as server, server.client() as idle:
             idle.put(b"body")
