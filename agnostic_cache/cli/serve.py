@@ -73,8 +73,12 @@ def serve(  # noqa: PLR0913 - each argument is an option
         float, typer.Option(envvar="AGNOSTIC_CACHE_GRACE", min=0, help="Seconds for what is under way at the end.")
     ] = _LIMITS.grace_seconds,
     max_waiting: Annotated[
-        str, typer.Option(envvar="AGNOSTIC_CACHE_MAX_WAITING", help="Bodies in memory on their way to a slow tier.")
-    ] = "32MiB",
+        str,
+        typer.Option(
+            envvar="AGNOSTIC_CACHE_MAX_WAITING",
+            help="Memory for bodies on their way to a slow tier; larger ones are refused.",
+        ),
+    ] = "64MiB",
 ) -> None:
     """Serve a cache to the clients of LMCache, and to ours (lm://).
 

@@ -211,6 +211,9 @@ class Connection(asyncio.BufferedProtocol):
             self._ask(self._backend.storage.remove, self._removed, meta.key.to_string())
         elif not self._backend.blocks:
             self._receive()
+        elif meta.length > self._limits.max_waiting_bytes:
+            _logger.warning("no room for %d bytes on their way to a slow tier; raise --max-waiting", meta.length)
+            self._drain(meta.length)
         else:
             self._allow(0)
             self._transport.pause_reading()

@@ -14,8 +14,8 @@ class Limits:
         idle_seconds: Time without a request, after which a connection is closed, or None. LMCache's clients never
             connect again.
         grace_seconds: Time that requests under way have when the server stops.
-        max_waiting_bytes: Bytes of bodies on their way to a storage that does not keep them in memory; who sends more
-            waits.
+        max_waiting_bytes: Memory for bodies on their way to a storage that does not keep them there. Who sends more
+            waits; a body that is larger is refused.
         threads: Calls to such a storage at a time.
     """
 
@@ -24,7 +24,7 @@ class Limits:
     min_bytes_per_second: int = 1024 * 1024
     idle_seconds: float | None = None
     grace_seconds: float = 10.0
-    max_waiting_bytes: int = 32 * 1024 * 1024
+    max_waiting_bytes: int = 64 * 1024 * 1024
     threads: int = 8
 
     def seconds_for(self, nbytes: int) -> float:

@@ -8,10 +8,7 @@ Turn = Callable[[], None]
 
 
 class WaitingRoom:
-    """Lets bodies in, first come, first served, while their sum is within a limit. For one thread.
-
-    A body that is larger than the limit is let in when nobody else is.
-    """
+    """Lets bodies in, first come, first served, while their sum is within a limit. For one thread."""
 
     def __init__(self, max_bytes: int) -> None:
         """Start empty."""
@@ -20,7 +17,7 @@ class WaitingRoom:
         self._queue: deque[tuple[int, Turn]] = deque()
 
     def enter(self, nbytes: int, turn: Turn) -> None:
-        """Have `turn` called once there is room for `nbytes`: now, or when others leave."""
+        """Have `turn` called once there is room for `nbytes`, which the limit holds: now, or when others leave."""
         self._queue.append((nbytes, turn))
         self._let_in()
 
@@ -35,7 +32,7 @@ class WaitingRoom:
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._queue and (not self._taken or self._taken + self._queue[0][0] <= self._max_bytes):
+        while self._queue and self._taken + self._queue[0][0] <= self._max_bytes:
             nbytes, turn = self._queue.popleft()
             self._taken += nbytes
             turn()

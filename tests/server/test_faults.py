@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from serve_process import ServeProcess, serving, until
-from server_thread import EXIST, GET, LIST, PUT, YES, Client, request
+from server_thread import EXIST, GET, LIST, NO, PUT, YES, Client, request
 
 MIB = 1024 * 1024
 BUDGET = 64 * MIB
@@ -85,6 +85,16 @@ def test_a_body_of_two_gibibytes(server: ServeProcess) -> None:
         client.send(request(PUT, key(1000), length=2**31 - 1) + bytes(80 * MIB))
         assert server.resident <= BUDGET + 64 * MIB
         assert listed(other) == before
+
+
+def test_bodies_that_a_disk_has_room_for_and_memory_has_not(tmp_path: Path) -> None:
+    with serving("--tier", f"file://{tmp_path}/data", "--max-waiting", "16MiB") as server:
+        before = server.most_resident
+        with server.client() as client:
+            for size in (15, 17, 200):
+                client.send(request(PUT, key(size), length=size * MIB) + bytes(size * MIB))
+            assert [client.ask(EXIST, key(size)) for size in (15, 17, 200)] == [YES, NO, NO]
+        assert server.most_resident <= before + 64 * MIB
 
 
 def test_a_thousand_idle_clients(server: ServeProcess) -> None:

@@ -115,15 +115,15 @@ class TestBackPressure:
     def test_first_come_first_served(self) -> None:
         room, let_in = WaitingRoom(100), list[str]()
         turns = {name: (lambda name=name: let_in.append(name)) for name in "abcdef"}
-        for name, nbytes in {"a": 60, "b": 60, "c": 10, "d": 1000, "e": 50, "f": 10}.items():
+        for name, nbytes in {"a": 60, "b": 60, "c": 10, "d": 100, "e": 50, "f": 10}.items():
             room.enter(nbytes, turns[name])
         assert let_in == ["a"]
         room.withdraw(turns["c"])
         room.leave(60)
         assert let_in == ["a", "b"]
-        room.leave(60)  # d is larger than all there is, and has it for itself
+        room.leave(60)  # d needs all there is
         assert let_in == ["a", "b", "d"]
-        room.leave(1000)
+        room.leave(100)
         assert let_in == ["a", "b", "d", "e", "f"]
 
     def test_bodies_take_turns(self, tmp_path: Path) -> None:
@@ -140,6 +140,14 @@ class TestBackPressure:
             other.socket.settimeout(20)
             assert other.read(36) == YES
             assert slow.ask(EXIST) == YES
+
+    def test_a_body_that_is_too_large_to_wait_takes_no_memory(self, tmp_path: Path) -> None:
+        with running(f"file://{tmp_path}/data", Limits(max_waiting_bytes=MIB)) as server, server.client() as client:
+            assert client.put(b"old")
+            assert not client.put(bytes(2 * MIB), b"m@1@0@1@half")
+            client.send(request(PUT, length=2 * MIB) + bytes(2 * MIB))
+            assert client.get() == b"old"
+            assert client.put(bytes(MIB), b"m@1@0@2@half")
 
     def test_who_waits_too_long_is_refused_and_not_disconnected(self, tmp_path: Path) -> None:
         limits = Limits(read_seconds=0.2, max_waiting_bytes=40 * MIB)  # a body of which has 40 seconds

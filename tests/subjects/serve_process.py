@@ -62,6 +62,12 @@ class ServeProcess:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * PAGE
 
     @property
+    def most_resident(self) -> int:
+        """Bytes of memory that the process had at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    @property
     def files(self) -> int:
         """Files that the process has open."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
