@@ -353,8 +353,9 @@ def removal(key: CacheEngineKey) -> ClientMetaMessage:
 
 def is_removal(message: ClientMetaMessage) -> bool:
     """Say whether a request is what `removal` makes."""
-    what = (message.command, message.length, message.fmt, message.dtype, any(message.shape))
-    return what == (ClientCommand.PUT, 0, MemoryFormat.UNDEFINED, None, False)
+    if message.length or message.command is not ClientCommand.PUT:
+        return False
+    return message.fmt is MemoryFormat.UNDEFINED and message.dtype is None and not any(message.shape)
 
 
 def _dtype(given: Any) -> Dtype:

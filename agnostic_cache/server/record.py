@@ -5,10 +5,12 @@ The last of the 28 is the number of axes, which the wire cannot say: it fills a 
 So an entry is sent from where it lies, and its body, 64 bytes from the start, is where it was received.
 """
 
+from functools import lru_cache
 from typing import Final
 
 from agnostic_cache.errors import WireError
-from agnostic_cache.wire import ClientMetaMessage, ServerMetaMessage, ServerReturnCode
+from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.wire import ClientMetaMessage, MemoryFormat, ServerMetaMessage, ServerReturnCode
 
 _MARK: Final = b"agnostic-cache lm record 1\n"
 _AXES: Final = len(_MARK)
@@ -23,8 +25,13 @@ def prepare(record: memoryview, meta: ClientMetaMessage) -> None:
     Raises:
         WireError: The wire has no code for it.
     """
-    header = ServerMetaMessage(ServerReturnCode.SUCCESS, meta.length, meta.fmt, meta.dtype, meta.shape)
-    record[:BODY] = b"".join((_MARK, bytes((len(meta.shape),)), header.serialize()))
+    record[:BODY] = _head(meta.length, meta.fmt, meta.dtype, meta.shape)
+
+
+@lru_cache(maxsize=1024)  # bodies of one model are alike
+def _head(length: int, fmt: MemoryFormat, dtype: Dtype | None, shape: tuple[int, ...]) -> bytes:
+    header = ServerMetaMessage(ServerReturnCode.SUCCESS, length, fmt, dtype, shape)
+    return b"".join((_MARK, bytes((len(shape),)), header.serialize()))
 
 
 def meta_of(record: memoryview) -> ServerMetaMessage | None:

@@ -6,6 +6,7 @@ resized or closed then. So memory is never written under a reader (measured with
 """
 
 import mmap
+from collections.abc import Iterable
 
 from agnostic_cache.errors import StorageFullError
 from agnostic_cache.state.host import anonymous_mapping
@@ -65,15 +66,14 @@ class BlockPool:
             self._idle.clear()  # of no use here, and not to lie beside what is allocated now
         return new_block(nbytes)
 
-    def give(self, block: mmap.mmap, max_idle_bytes: int) -> None:
-        """Keep a block for later; the oldest ones go, so that no more than `max_idle_bytes` lie idle."""
+    def give(self, blocks: Iterable[mmap.mmap], max_idle_bytes: int) -> None:
+        """Keep blocks for later; the oldest ones go, so that no more than `max_idle_bytes` lie idle."""
         with self._lock.taken():
-            self._idle.append(block)
-        self.trim(max_idle_bytes)
-
-    def trim(self, max_idle_bytes: int) -> None:
-        """Let the oldest blocks go until no more than `max_idle_bytes` lie idle."""
-        with self._lock.taken():
+            self._idle.extend(blocks)
             idle = sum(map(len, self._idle))
             while self._idle and idle > max_idle_bytes:
                 idle -= len(self._idle.pop(0))
+
+    def trim(self, max_idle_bytes: int) -> None:
+        """Let the oldest blocks go until no more than `max_idle_bytes` lie idle."""
+        self.give((), max_idle_bytes)

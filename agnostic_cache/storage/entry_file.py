@@ -60,7 +60,7 @@ def read_entry(file: int, key: str, pool: BlockPool) -> tuple[int, memoryview]:
     blob, codec = unseal(whole, key, verified=True)
     if codec:
         blob = decode(blob, codec)
-    pool.give(block, _IDLE)
+    pool.give((block,), _IDLE)
     return nbytes, blob
 
 

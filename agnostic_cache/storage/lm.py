@@ -236,7 +236,7 @@ class LMStorage(StorageBackend):
         block = self._blocks.take(header.length)
         whole = memoryview(block)[: header.length]
         connection.fill(whole)
-        self._blocks.give(block, _IDLE)
+        self._blocks.give((block,), _IDLE)
         return whole
 
     def _opened(self, key: str, whole: memoryview | None) -> memoryview | None:

@@ -4,7 +4,7 @@ import mmap
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final, NamedTuple, Self
 
 from agnostic_cache.errors import StorageError
@@ -226,7 +226,8 @@ class MemoryStorage(StorageBackend):
     def _taken(self) -> int:
         """Count what is charged to the budget. The lock is held."""
         beyond = max(0, self._reserved - RESERVED_BEYOND)
-        return self._listed + sum(arrival.size for arrival in self._arriving.values()) + self._deferred_bytes() + beyond
+        arriving = sum(arrival.size for arrival in self._arriving.values()) if self._arriving else 0
+        return self._listed + arriving + self._deferred_bytes() + beyond
 
     # --- a blob that is yet to come -----------------------------------------------------------------------------------
 
@@ -238,10 +239,10 @@ class MemoryStorage(StorageBackend):
             self._reserved += size
             over = self._taken() - self.max_bytes
             fits = size <= self.max_bytes and over <= self._listed
-            leaving: list[mmap.mmap | None] = []
+            leaving: list[mmap.mmap] = []
             if fits and over > 0:
                 victims = self._evictor.evict(self._entries, room=_Room(self._entries, over))
-                leaving = [self._unlist(name) for name in victims]
+                leaving = [block for name in victims if (block := self._unlist(name)) is not None]
                 self._counts["evictions"] += len(victims)
                 fits = self._taken() <= self.max_bytes  # it does not where too much is being read
             if not fits:
@@ -270,29 +271,27 @@ class MemoryStorage(StorageBackend):
                 self._listed += size
                 self._counts["puts"] += 1
             spare = min(self.max_bytes - self._taken(), _IDLE_AFTER_RECEIVING)
-        for left in leaving or ():
-            self._pool.give(left, self.max_bytes)
-        self._pool.trim(max(spare, self._listed // _IDLE_SHARE))
+        self._pool.give(leaving or (), max(spare, self._listed // _IDLE_SHARE))
         return PutStatus.ILLEGAL if leaving is None else PutStatus.LEGAL
 
     def _take_back(self, block: mmap.mmap) -> None:
         """Let go of a block that was reserved."""
         with self._lock.taken():
             self._reserved -= len(block)
-        self._pool.give(block, self._listed // _IDLE_SHARE)
+        self._pool.give((block,), self._listed // _IDLE_SHARE)
 
-    def _replace(self, leaving: Iterable[mmap.mmap | None], size: int) -> mmap.mmap:
+    def _replace(self, leaving: Collection[mmap.mmap], size: int) -> mmap.mmap:
         """Return a block of `size`, made of those that leave, if any will do."""
+        if leaving:
+            self._pool.give(leaving, self.max_bytes)
         try:
-            for block in leaving:
-                if block is not None:
-                    self._pool.give(block, self.max_bytes)
             block = self._pool.take(size)
             if len(block) != size:
                 block.resize(size)
             return block
         finally:
-            self._pool.trim(self._listed // _IDLE_SHARE)
+            if leaving:
+                self._pool.trim(self._listed // _IDLE_SHARE)
 
     def _deferred_bytes(self) -> int:
         """Count what left and is still read. The lock is held."""

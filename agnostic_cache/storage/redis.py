@@ -292,7 +292,7 @@ class RedisStorage(StorageBackend):
         whole = memoryview(block)[:nbytes]
         copy_into(whole, map(memoryview, parts))
         blob, _ = unseal(whole, key)
-        self._pool.give(block, _IDLE)
+        self._pool.give((block,), _IDLE)
         return blob
 
     def _drop(self, name: str, data: bytes | None) -> None:

@@ -140,7 +140,7 @@ def test_an_entry_is_there_while_it_is_overwritten(budget: str) -> None:
     for reader in readers:
         reader.join()
     assert not wrong
-    assert min(looked) > 10
+    assert sum(looked) > 100
     assert storage.stats().misses == 0
 
 
