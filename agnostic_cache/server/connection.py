@@ -7,7 +7,6 @@ follows it.
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
     from agnostic_cache.server.storage_backend import Room
 
 _logger = logging.getLogger("agnostic_cache.server")
-_PIECE: Final = 256 * 1024  # bytes given to the transport at a time: before Python 3.12 it copies what it cannot send
-_READS: Final = 4  # of a body at a time, then it is others' turn
+_PIECE: Final = 512 * 1024  # bytes given to the transport at a time: before Python 3.12 it copies what it cannot send
 _QUICKACK: Final[int] = getattr(socket, "TCP_QUICKACK", 0)  # of Linux
 _NOTHING: Final = memoryview(b"")
 _T = TypeVar("_T")
@@ -78,7 +76,6 @@ class Connection(asyncio.BufferedProtocol):
         self._asking = self._lost = self._stops = False
         self._began = 0.0
         self._tcp: socket.socket | None = None
-        self._file: int | None = None  # its number, where what it reads is what was sent
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -91,8 +88,6 @@ class Connection(asyncio.BufferedProtocol):
             self.peer = "{}:{}".format(*transport.get_extra_info("peername", ("?", 0))[:2])
             found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._tcp = found if _QUICKACK else None
-        if found is not None and transport.get_extra_info("sslcontext") is None:
-            self._file = found.fileno()
         transport.set_write_buffer_limits(high=1, low=0)  # with 0, TLS would pause for ever: nothing is too much
         if self._server.admits(self):
             self._await_request()
@@ -137,20 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._target
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Go on with what has come, and with what comes meanwhile: that costs a call, and not a turn of the loop."""
-        self._received(nbytes)
-        for _ in range(_READS):
-            if self._file is None or self._room is None:
-                return
-            try:
-                nbytes = os.readv(self._file, (self._target,))
-            except OSError:  # nothing is there; or it is for the loop to find out
-                return
-            if not nbytes:
-                return
-            self._received(nbytes)
-
-    def _received(self, nbytes: int) -> None:
+        """Go on with what has come."""
         if self._to_drain:
             self._to_drain -= nbytes
             if self._to_drain:
