@@ -36,7 +36,7 @@ BEHIND_EXTRAS = (
     "agnostic_cache/metrics.py",
     "agnostic_cache/server/monitor.py",
     "agnostic_cache/storage/byteplanes.py",
-    "agnostic_cache/storage/redis.py",
+    "agnostic_cache/storage/redis*.py",
     "agnostic_cache_adapters/transformers/lm_eval.py",
 )
 

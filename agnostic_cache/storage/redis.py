@@ -9,7 +9,6 @@ Needs the extra ``redis``. The library is redis-py with hiredis, which serves al
 valkey-glide-sync was measured to write up to twice as fast, and to read half as fast again; see ``docs/storage.md``.
 """
 
-import os
 import re
 import secrets
 import threading
@@ -18,13 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, NamedTuple, Self
-from urllib.parse import unquote
 
-import redis
-from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, RedisCluster
-from redis.exceptions import OutOfMemoryError, RedisClusterException, RedisError
-from redis.retry import Retry
+from redis.exceptions import OutOfMemoryError
 
 from agnostic_cache.errors import BlobError, StorageError, StorageFullError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
@@ -41,14 +35,13 @@ from agnostic_cache.storage.backend import (
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.entry import seal, unseal
 from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.redis_client import FAILURES, make_client, without_password
 from agnostic_cache.storage.url import StorageURL
 
 _PART = 1024 * 1024
 _AT_ONCE = 8  # parts per round trip, so that a time-out is one of 8 MiB and not of a whole entry
-_FAILURES = (RedisError, RedisClusterException, OSError)
 _IDLE = 64 * 1024 * 1024  # bytes of blocks that are kept for the next reads
 _PREFIX = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_USER, _PASSWORD = "AGNOSTIC_CACHE_REDIS_USERNAME", "AGNOSTIC_CACHE_REDIS_PASSWORD"
 
 
 class _Record(NamedTuple):
@@ -127,10 +120,10 @@ class RedisStorage(StorageBackend):
         """
         parsed = StorageURL.parse(url)
         ttl, prefix = parsed.seconds("ttl", 86400), parsed.text("prefix", "agnostic-cache")
-        client = _client(parsed)
+        client = make_client(parsed)
         parsed.check_used()
         try:
-            return cls(client, ttl_seconds=ttl, prefix=prefix, where=_without_password(parsed))
+            return cls(client, ttl_seconds=ttl, prefix=prefix, where=without_password(parsed))
         except BaseException:
             client.close()
             raise
@@ -323,7 +316,7 @@ class RedisStorage(StorageBackend):
         except OutOfMemoryError as error:
             msg = f"{self._where} has no memory left: {error}; raise maxmemory, or set a maxmemory-policy"
             raise StorageFullError(msg) from error
-        except _FAILURES as error:
+        except FAILURES as error:
             msg = f"{self._where} failed: {type(error).__name__}: {error}; see that it runs, and who may use it"
             raise StorageError(msg) from error
 
@@ -352,63 +345,3 @@ def _batches(entry: Parts) -> Iterator[list[memoryview]]:
             parts = []
     if parts:
         yield parts
-
-
-def _client(url: StorageURL) -> Any:
-    """Make the client of a URL; it connects when it is first used, but for a cluster's.
-
-    Raises:
-        StorageURLError: The URL cannot be understood.
-        StorageError: No node of a cluster can be reached.
-    """
-    user, password, places = _places(url)
-    timeout = url.seconds("timeout", 0.25)
-    settings: dict[str, Any] = {
-        "username": user, "password": password, "socket_timeout": timeout, "socket_connect_timeout": timeout,
-        "retry": Retry(NoBackoff(), 0), "protocol": 2,
-    }  # fmt: skip
-    if url.scheme == "rediss" or (url.scheme == "redis+cluster" and url.switch("tls", default=False)):
-        files = {"ssl_ca_certs": url.text("ca"), "ssl_certfile": url.text("cert"), "ssl_keyfile": url.text("key")}
-        settings |= {"ssl": True, **{name: path or None for name, path in files.items()}}
-    if url.scheme == "redis+cluster":
-        nodes = [ClusterNode(host, port) for host, port in places]  # type: ignore[no-untyped-call]
-        try:
-            return RedisCluster(startup_nodes=nodes, **settings)
-        except _FAILURES as error:
-            msg = f"{_without_password(url)} cannot be reached: {error}; see that it runs, and who may use it"
-            raise StorageError(msg) from error
-    if url.scheme == "redis+unix":
-        return redis.Redis(unix_socket_path=url.path, db=_number(url.text("db", "0")), **settings)
-    [(host, port)] = places
-    return redis.Redis(host=host, port=port, db=_number(url.path.strip("/") or "0"), **settings)
-
-
-def _places(url: StorageURL) -> tuple[str | None, str | None, list[tuple[str, int]]]:
-    """Return user, password, and hosts with their ports."""
-    login, _, hosts = url.netloc.rpartition("@")
-    user, _, password = login.partition(":")
-    places = []
-    for place in hosts.split(",") if url.scheme != "redis+unix" else ():
-        host, colon, port = place.rpartition(":")
-        if not colon or place.endswith("]"):  # an address of IPv6 without a port
-            host, port = place, "6379"
-        places.append((host.strip("[]"), _number(port)))
-    if any(not host for host, _ in places) or (len(places) > 1 and url.scheme != "redis+cluster"):
-        msg = f"{url.scheme}:// with the hosts {hosts!r}; write {url.scheme}://host:6379"
-        raise StorageURLError(msg)
-    return (
-        unquote(user) or os.environ.get(_USER),
-        unquote(password) or os.environ.get(_PASSWORD),
-        places,
-    )
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 5:  # noqa: PLR2004 - of a port, or of a database
-        msg = f"{text!r} is no port, and no number of a database"
-        raise StorageURLError(msg)
-    return int(text)
-
-
-def _without_password(url: StorageURL) -> str:
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
