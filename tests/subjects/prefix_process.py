@@ -50,7 +50,7 @@ def jax_worker(folder: Path) -> Worker:
     from agnostic_cache_adapters.jax import resume, store  # noqa: PLC0415
 
     raw = json.loads((folder / "config.json").read_text("utf-8"))
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         layers=raw["num_hidden_layers"],
         hidden=raw["hidden_size"],
         heads=raw["num_attention_heads"],
@@ -60,7 +60,8 @@ def jax_worker(folder: Path) -> Worker:
         norm_eps=raw["rms_norm_eps"],
     )
     with np.load(folder / "weights.npz") as arrays:
-        params = llama_jax.init_params((config, dict(arrays)))  # type: ignore[arg-type] # the fields that it reads
+        weights: Any = config, dict(arrays)
+    params = llama_jax.init_params(weights)
     init_kv: Any = partial(llama_jax.init_kv, config)
     names = {"{i}.key": "layers.{i}.key", "{i}.value": "layers.{i}.value"}
     layout = KVLayout.infer(init_kv, names=names, rotary="half")
