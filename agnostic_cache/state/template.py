@@ -5,7 +5,6 @@ takes its layers from ``layers.0.key`` on, and the reverse. The state may come i
 joined first: each part's rows go where they belong.
 """
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from agnostic_cache.errors import StructureMismatchError
 from agnostic_cache.state.adapter import Adapter, Array, ArraySpec, Fill
 from agnostic_cache.state.leaf import Leaf
+from agnostic_cache.state.placing import Held, extent_of, find_moves, find_spans
 from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint, Role
 from agnostic_cache.state.tree import Flat, Node, build, flatten
@@ -238,7 +238,7 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
         of_layer = [piece for piece in pieces if piece.target_layer == layer]
         held = tuple(_held(piece, adapter.describe(piece.leaf.array)) for piece in of_layer)
         try:
-            moves = _moves(held, spec, slot.hint, layer, length, role=slot.role)
+            moves = find_moves(held, spec, slot.hint, layer, length, role=slot.role)
         except StructureMismatchError as error:
             raise _named(name, error) from None
         for piece, move in zip(of_layer, moves, strict=True):
@@ -248,159 +248,9 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
     return fills
 
 
-class _Held(NamedTuple):
-    """What is known of a piece without its array, so that the pieces of one layer and of the next compare equal."""
-
-    spec: ArraySpec
-    role: Role
-    kind: type  # of the role, because NamedTuples of two classes may be equal
-    axes: tuple[str, ...]
-    first: int
-    layer: int | None  # of a stacked leaf
-    begin: int
-    length: int
-
-
-def _held(piece: _Piece, spec: ArraySpec) -> _Held:
+def _held(piece: _Piece, spec: ArraySpec) -> Held:
     _, (_, role, axes, _, first), _, layer, begin, length, _ = piece
-    return _Held(spec, role, type(role), axes, first, layer, begin, length)
-
-
-_Move = tuple[tuple[int | slice, ...], tuple[int | slice, ...], tuple[int, ...]]
-"""`at`, `source_at` and `order` of a `Fill`."""
-
-
-@functools.lru_cache(maxsize=64, typed=True)  # the layers of a model ask the same, one after another
-def _moves(
-    pieces: tuple[_Held, ...], spec: ArraySpec, hint: Hint | None, layer: int | None, length: int, *, role: Role | None
-) -> list[_Move | None]:
-    """Which rows of the pieces go where in a slot, or in one `layer` of it; None for a piece that is of no use.
-
-    `role` is that of `hint`, once more: ``typed`` looks no deeper.
-
-    Raises:
-        StructureMismatchError: They do not fit. The text goes on behind the name of the leaf.
-    """
-    fits = [_checked(piece, spec, hint, layer) for piece in pieces]
-    extents = [
-        _extent(piece.role, piece.first, piece.begin, piece.length, rows)
-        for piece, (_, rows, _) in zip(pieces, fits, strict=True)
-    ]
-    spans = _spans(tuple(extents), pieces[-1].role, role, fits[0][2], length)
-    return [
-        None if span is None else _move(piece, axes, layer, span)
-        for piece, (axes, _, _), span in zip(pieces, fits, spans, strict=True)
-    ]
-
-
-def _checked(piece: _Held, spec: ArraySpec, hint: Hint | None, layer: int | None) -> tuple[tuple[str, ...], int, int]:
-    """Axes of the slot, and the rows that the piece has and the slot has room for; raises where they do not fit."""
-    held = piece.spec
-    axes = hint.axes if hint is not None and len(hint.axes) == len(spec.shape) else piece.axes
-    if hint is not None and hint.role is SNAPSHOT and piece.role is not SNAPSHOT:
-        axes = piece.axes  # a layout that says nothing of this leaf
-    left = [axis for axis in axes if layer is None or axis != "layers"]
-    right = [axis for axis in piece.axes if piece.layer is None or axis != "layers"]
-    if spec.dtype != held.dtype or sorted(left) != sorted(right) or len(axes) != len(spec.shape):
-        msg = (
-            f"is {held.dtype} {dict(zip(piece.axes, held.shape, strict=True))} in the state and "
-            f"{spec.dtype} {spec.shape} with axes {axes} in the template; "
-            "make the template with the state's dtype and axes"
-        )
-        raise StructureMismatchError(msg)
-    tokens = _token_axis(piece)
-    rows = room = 0
-    for axis in left:
-        has, gets = held.shape[piece.axes.index(axis)], spec.shape[axes.index(axis)]
-        if axis == tokens:
-            rows, room = has, gets
-        elif gets != has:
-            msg = f"has {axis}={has} in the state and {gets} in the template; make a template of the state's shape"
-            raise StructureMismatchError(msg)
-    return axes, rows, room
-
-
-def _move(piece: _Held, axes: tuple[str, ...], layer: int | None, span: tuple[slice, slice]) -> _Move:
-    index: list[int | slice] = [slice(None)] * len(axes)
-    source_index: list[int | slice] = [slice(None)] * len(piece.axes)
-    if layer is not None:
-        index[axes.index("layers")] = layer
-    if piece.layer is not None:
-        source_index[piece.axes.index("layers")] = piece.layer
-    tokens = _token_axis(piece)
-    if tokens is not None:
-        source_index[piece.axes.index(tokens)], index[axes.index(tokens)] = span
-    right = [axis for axis in piece.axes if piece.layer is None or axis != "layers"]
-    order = tuple(right.index(axis) for axis in axes if layer is None or axis != "layers")
-    return tuple(index), tuple(source_index), order
-
-
-def _token_axis(piece: _Held) -> str | None:
-    return piece.axes[piece.role.axis] if isinstance(piece.role, TOKENS | WINDOW) else None
-
-
-_Extent = tuple[int, int, int | None, int]
-"""Of a piece: the token that it begins with, its tokens, of a window its first row, and its rows."""
-
-
-def _extent(role: Role, first: int, begin: int, length: int, rows: int) -> _Extent:
-    return begin, length, None if type(role) is TOKENS else first, rows
-
-
-@functools.lru_cache(maxsize=64, typed=True)  # NamedTuples of two classes may be equal; roles are looked at by type
-def _spans(
-    extents: tuple[_Extent, ...], own: Role, asked: Role | None, room: int | None, length: int
-) -> list[tuple[slice, slice] | None]:
-    """Which rows of each piece go to which rows of a slot, which has room for any number where `room` is None.
-
-    Where a slot is a window, its rows stand for the last tokens, or for the first where it has room for all of them.
-
-    Args:
-        extents: The pieces.
-        own: Their role.
-        asked: That of the slot, where it has one.
-        room: Rows of the slot.
-        length: Tokens of all pieces.
-
-    Raises:
-        StructureMismatchError: The slot needs rows that the pieces have no more, has no room for them, or its rows
-            stand for another number of tokens. The text goes on behind the name of the leaf.
-    """
-    if not isinstance(own, TOKENS | WINDOW):
-        return [(slice(None), slice(None)) for _ in extents]
-    role = asked if isinstance(asked, TOKENS | WINDOW) else own
-    stride = own.stride if isinstance(own, TOKENS) else 1
-    end = length // stride
-    if isinstance(role, WINDOW):
-        needed = max(0, end - role.width)
-        begin = needed if room is None else max(0, end - room)
-        fits = stride == 1
-    else:
-        needed = begin = 0
-        fits = role.stride == stride and (room is None or room >= end)
-    spans: list[tuple[slice, slice] | None] = []
-    start = reach = 0  # holds: rows [start, reach) are there without a gap
-    for i, (token, tokens, window, count) in enumerate(extents):
-        first = token // stride if window is None else token + window
-        stop = first + tokens // stride if window is None else min(first + count, token + tokens)
-        if first > reach:
-            start = first
-        reach = max(first, stop)
-        low = max(first, begin)
-        if low < stop:
-            spans.append((slice(low - first, stop - first), slice(low - begin, stop - begin)))
-        elif i == len(extents) - 1 and not any(spans):  # a state of no tokens still uses its buffers up
-            spans.append((slice(0, 0), slice(0, 0)))
-        else:
-            spans.append(None)
-    if not fits or max(start, begin) > needed or reach < end:
-        msg = (
-            f"is {own} with rows [{start}, {reach}) in the state, and {role} with room for "
-            f"{'any' if room is None else room} in the template; make a template of the same role and longer "
-            "buffers, or cut the state"
-        )
-        raise StructureMismatchError(msg)
-    return spans
+    return Held(spec, role, type(role), axes, first, layer, begin, length)
 
 
 def _named(name: str, error: StructureMismatchError) -> StructureMismatchError:
@@ -416,11 +266,11 @@ def _given(pieces: Sequence[_Piece], slot: _Slot, adapter: Adapter, length: int)
         for piece, shape in zip(pieces, shapes, strict=True)
     ]
     extents = [
-        _extent(piece.leaf.role, piece.leaf.first, piece.begin, piece.length, count)
+        extent_of(piece.leaf.role, piece.leaf.first, piece.begin, piece.length, count)
         for piece, count in zip(pieces, rows, strict=True)
     ]
     try:
-        spans = _spans(tuple(extents), pieces[-1].leaf.role, slot.role, None, length)
+        spans = find_spans(tuple(extents), pieces[-1].leaf.role, slot.role, None, length)
     except StructureMismatchError as error:
         raise _named(slot.path, error) from None
     frozen = slot.hint is not None and slot.hint.frozen
