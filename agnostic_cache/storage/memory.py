@@ -167,36 +167,38 @@ class MemoryStorage(StorageBackend):
         check_key(key)
         nbytes, pieces = pieces_of(blob)
         size = _whole_pages(nbytes)
-        with self._lock.taken():
-            self._check_open()
-            if key in self._arriving:
-                return PutStatus.LEGAL
-            replaces = key in self._entries
-            leaving = self._make_room(key, size)
-            if leaving is None:
-                self._counts["refused"] += 1
-                return PutStatus.ILLEGAL
-            arrival = _Arrival(size, replaces, threading.get_ident(), threading.Event())
-            self._arriving[key] = arrival
+        done = threading.Event()
         try:
+            with self._lock.taken():
+                self._check_open()
+                if key in self._arriving:
+                    return PutStatus.LEGAL
+                replaces = key in self._entries
+                leaving = self._make_room(key, size)
+                if leaving is None:
+                    self._counts["refused"] += 1
+                    return PutStatus.ILLEGAL
+                self._arriving[key] = _Arrival(size, replaces, threading.get_ident(), done)
             block = self._replace(leaving, size)
             del leaving
             with memoryview(block) as whole:
                 copy_into(whole, pieces)
-        except BaseException:
             with self._lock.taken():
                 self._arriving.pop(key, None)
-                self._evictor.rollback(self._entries, key=key)
-            arrival.done.set()
+                if not self._closed:
+                    self._unlist(key)  # what came by a reservation meanwhile
+                    self._entries[key] = _Entry(block, nbytes)
+                    self._listed += size
+                    self._counts["puts"] += 1
+        except BaseException:
+            with self._lock.taken():
+                arrival = self._arriving.get(key)
+                if arrival is not None and arrival.done is done:
+                    del self._arriving[key]
+                    self._evictor.rollback(self._entries, key=key)
             raise
-        with self._lock.taken():
-            self._arriving.pop(key, None)
-            if not self._closed:
-                self._unlist(key)  # what came by a reservation meanwhile
-                self._entries[key] = _Entry(block, nbytes)
-                self._listed += size
-                self._counts["puts"] += 1
-        arrival.done.set()
+        finally:
+            done.set()
         return PutStatus.LEGAL
 
     def _make_room(self, key: str, size: int) -> list[mmap.mmap] | None:
