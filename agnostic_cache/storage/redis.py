@@ -40,6 +40,7 @@ from agnostic_cache.storage.url import StorageURL
 
 _PART = 1024 * 1024
 _AT_ONCE = 8  # parts per round trip, so that a time-out is one of 8 MiB and not of a whole entry
+_OVERWRITTEN = 10  # times in the middle of one read, after which it is a miss
 _IDLE = 64 * 1024 * 1024  # bytes of blocks that are kept for the next reads
 _PREFIX = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -203,9 +204,9 @@ class RedisStorage(StorageBackend):
         names = [self._name(key) for key in keys]
         found: list[memoryview | None] = []
         with self._translated():
-            for key, name, record in zip(keys, names, self._each("get", names), strict=True):
+            for key, name, data in zip(keys, names, self._each("get", names), strict=True):
                 try:
-                    found.append(None if record is None else self._fetch(key, name, _Record.of(record)))
+                    found.append(self._blob(key, name, data))
                 except BlobError:
                     with self._lock:
                         self._counts["corrupt"] += 1
@@ -266,6 +267,23 @@ class RedisStorage(StorageBackend):
                 getattr(pipe, command)(name)
             answers: list[Any] = pipe.execute()
             return answers
+
+    def _blob(self, key: str, name: str, data: bytes | None) -> memoryview | None:
+        """Return the blob of a record, or of the one that has overwritten it meanwhile.
+
+        Raises:
+            BlobError: It is damaged.
+        """
+        for _ in range(_OVERWRITTEN):
+            if data is None:
+                return None
+            blob = self._fetch(key, name, _Record.of(data))
+            if blob is not None:
+                return blob
+            before, data = data, self._client.get(name)
+            if data == before:  # its parts were evicted
+                return None
+        return None
 
     def _fetch(self, key: str, name: str, record: _Record) -> memoryview | None:
         """Return the blob of a record, or None where parts of it are gone.

@@ -250,6 +250,27 @@ class StorageSuite(ABC):
 
     # --- the budget --------------------------------------------------------------------------------------------------
 
+    def test_an_entry_is_there_while_it_is_overwritten(self, storage: StorageBackend) -> None:
+        """Who reads it gets the old bytes or the new ones."""
+        assert storage.put("a", bytes(100_000)) is PutStatus.LEGAL
+        stop, found = threading.Event(), list[bool]()
+
+        def work() -> None:
+            while not stop.is_set():
+                blob = read(storage, "a")
+                found.append(blob is not None and blob == blob[:1] * 100_000 and storage.contains("a"))
+
+        readers = [threading.Thread(target=work) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        for i in range(100):
+            storage.put("a", bytes([i]) * 100_000)
+        stop.set()
+        for reader in readers:
+            reader.join()
+        assert found
+        assert all(found)
+
     def test_a_finaliser_may_call_in_the_middle_of_a_call(self, storage: StorageBackend) -> None:
         """The garbage collector runs one on the thread that it interrupts: nobody may wait for anybody then."""
 
