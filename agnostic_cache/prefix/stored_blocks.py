@@ -26,7 +26,7 @@ from agnostic_cache.storage.registry import open_storage
 from agnostic_cache.storage.tiered import TieredStorage
 
 _logger = logging.getLogger("agnostic_cache.prefix")
-_STAGING = "memory://?max_bytes=256MiB"  # before a storage that is no memory: nobody waits for a disk or a network
+_STAGING = "1GiB"  # of memory before a storage that is none: nobody waits for a disk or a network
 
 
 def open_tiers(storage: str | StorageBackend | Sequence[str]) -> TieredStorage:
@@ -40,13 +40,12 @@ def open_tiers(storage: str | StorageBackend | Sequence[str]) -> TieredStorage:
     """
     if isinstance(storage, TieredStorage):
         return storage
-    tiers = [storage] if isinstance(storage, StorageBackend) else list(map(open_storage, _urls(storage)))
+    urls = [storage] if isinstance(storage, str) else storage
+    tiers = [urls] if isinstance(urls, StorageBackend) else list(map(open_storage, urls))
     first = tiers[0].backend if isinstance(tiers[0], GuardedStorage) else tiers[0]
-    return TieredStorage(tiers if isinstance(first, MemoryStorage) else [open_storage(_STAGING), *tiers])
-
-
-def _urls(storage: str | Sequence[str]) -> Sequence[str]:
-    return [storage] if isinstance(storage, str) else storage
+    if not isinstance(first, MemoryStorage):
+        tiers.insert(0, MemoryStorage(_STAGING))
+    return TieredStorage(tiers, max_pending_bytes=_STAGING)
 
 
 class StoredBlock(NamedTuple):
