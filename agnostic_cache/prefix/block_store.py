@@ -177,8 +177,6 @@ class BlockStore:
 
     def insert(self, data: bytes, root: bytes, state: KVState, count: int, deadline: float | None) -> int:
         """Copy in what is not here of the first `count` tokens of a state; return how many blocks that were."""
-        if self.stored is not None:
-            self.stored.computed(data)
         blocks = self._plan(data, root, state, count, deadline)
         keys = [block.key for block in blocks]
         leases = [self.states.borrow_all(keys, use=False)]  # what the new ones hang on does not leave to make room
@@ -189,6 +187,8 @@ class BlockStore:
         finally:
             for lease in leases:
                 lease.close()
+        if self.stored is not None:
+            self.stored.computed(data)  # only now: what was stored is computed, also where that was still under way
         self.states.borrow_all(keys).close()  # the first becomes the newest
         return made
 

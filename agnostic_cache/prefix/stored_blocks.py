@@ -28,6 +28,8 @@ from agnostic_cache.storage.tiered import TieredStorage
 _logger = logging.getLogger("agnostic_cache.prefix")
 _STAGING = "1GiB"  # of memory before a storage that is none: nobody waits for a disk or a network
 
+_COMPUTING = 0.01  # seconds; who took less had the state already
+
 
 def open_tiers(storage: str | StorageBackend | Sequence[str]) -> TieredStorage:
     """Return a storage as tiers, of which the first is host memory.
@@ -190,10 +192,9 @@ class StoredBlocks:
         """
         look = self._look
         both, tokens = min(len(data), len(look.data)), len(data) // TOKEN_BYTES - look.hit
-        if not both or tokens < self._block_size or data[:both] != look.data[:both]:
-            return
-        seconds = (self._clock() - look.at) / tokens
-        self.seconds_per_token = min(seconds, self.seconds_per_token or seconds)
+        took = self._clock() - look.at
+        if both and tokens >= self._block_size and took >= _COMPUTING and data[:both] == look.data[:both]:
+            self.seconds_per_token = min(took / tokens, self.seconds_per_token or took)
 
     def lacks(self, block: Block) -> bool:
         """Whether a block is to be put, as far as this thread's last match knows."""

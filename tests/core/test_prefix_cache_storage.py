@@ -258,6 +258,19 @@ def test_only_what_is_faster_than_computing_is_loaded() -> None:
     cache.close()
 
 
+def test_a_state_that_was_there_already_says_nothing_of_computing(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/kv"
+    prompts = [[i, *DOCUMENT] for i in range(20)]
+    with make(url) as cache:
+        for prompt in prompts:
+            insert(cache, prompt)
+    with make(url) as cache:
+        for prompt in prompts:
+            assert hit(cache, [1000 + prompt[0], *prompt]) == 0
+            insert(cache, [1000 + prompt[0], *prompt])  # at once: slower to load than that, but nothing was computed
+            assert hit(cache, prompt) == 24
+
+
 def test_a_storage_that_fails_is_a_miss_unless_it_is_strict() -> None:
     class Broken(MemoryStorage):
         def get(self, key: str) -> memoryview | None:
