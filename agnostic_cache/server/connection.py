@@ -304,7 +304,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _push(self) -> None:
         while self._unsent and not self._choked:
-            piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
+            nbytes = _PIECE if len(self._unsent) >= 2 * _PIECE else len(self._unsent)  # nothing small is left over
+            piece, self._unsent = self._unsent[:nbytes], self._unsent[nbytes:]
             self._transport.write(piece)
         if self._lost:
             return

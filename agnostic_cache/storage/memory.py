@@ -203,11 +203,12 @@ class MemoryStorage(StorageBackend):
 
     def _make_room(self, key: str, size: int) -> list[mmap.mmap] | None:
         """Unlist who must leave, the entry to be overwritten included, or return None. The lock is held."""
-        old = self._entries.get(key)
-        freed = len(old.block) if old is not None and not old.is_pinned else 0
-        room = _Room(self._entries, self._taken() - freed + size - self.max_bytes)
         if size > self.max_bytes:
             return None
+        old, over = self._entries.get(key), self._taken() + size - self.max_bytes
+        if over > 0 and old is not None and not old.is_pinned:
+            over -= len(old.block)
+        room = _Room(self._entries, over)
         victims, status = self._evictor.update_on_put(self._entries, size, key=key, room=room)
         if status is PutStatus.ILLEGAL:
             return None
