@@ -133,12 +133,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Go on with what has come."""
+        if self._meta is not None:
+            self._acknowledge()
         if self._to_drain:
             self._to_drain -= nbytes
             if self._to_drain:
                 self._target = self._target[: self._to_drain]
             else:
-                self._acknowledge()
                 self._end("put", "refused")
             return
         if self._idle:
@@ -151,15 +152,14 @@ class Connection(asyncio.BufferedProtocol):
         if self._meta is None:
             self._begin()
         elif self._room is not None:
-            self._acknowledge()
             room, self._room = self._room, None
             self._ask(room.publish, self._kept)
 
     def _acknowledge(self) -> None:
-        """Have the system say at once that what was sent is here.
+        """Have the system say at once that what was sent is here, also of a part of a body.
 
-        The client of LMCache leaves Nagle's algorithm on: what it sends next waits for that, up to 40 ms, unless an
-        answer brings the news.
+        The client of LMCache leaves Nagle's algorithm on: the rest of a body that does not fill a packet, and what it
+        sends next, wait for that, up to 40 ms, unless an answer brings the news.
         """
         if self._tcp is not None:
             self._tcp.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
