@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from agnostic_cache.errors import StorageError
+from agnostic_cache.errors import StorageBusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, contains_many, get_many
 from agnostic_cache.storage.forks import watch
@@ -91,10 +91,10 @@ class Tier:
         """Have a key get a blob, or none, whatever it was to get before; return False where too much waits already."""
         with self._changed:
             old = self._unwritten.get(key) if key in self._waiting else None
-            nbytes = self._bytes + (blob.nbytes if blob else 0) - (old.nbytes if old else 0)
-            if self._stopped or (blob and self._bytes and nbytes > self._limit):
+            nbytes = (blob.nbytes if blob else 0) - (old.nbytes if old else 0)
+            if self._stopped or (blob and self._bytes and self._bytes + nbytes > self._limit):
                 return False
-            self._bytes = nbytes
+            self._bytes += nbytes
             self._unwritten[key] = blob
             if key not in self._waiting:
                 self._waiting.add(key)
@@ -201,7 +201,14 @@ class Tier:
         return [key for key in keys if key not in unwritten or unwritten[key] is not None]
 
     def settle(self, key: str) -> None:
-        """Wait until nothing waits to be done under a key."""
+        """Wait until nothing waits to be done under a key.
+
+        Raises:
+            StorageBusyError: A finaliser asks for it on the thread that is to do it.
+        """
+        if threading.current_thread() is self._thread:
+            msg = "a finaliser called a storage from the thread that writes to it; have it leave that to another"
+            raise StorageBusyError(msg)
         with self._changed:
             self._changed.wait_for(lambda: key not in self._unwritten and key not in self._coming)
 

@@ -1,14 +1,17 @@
 """Several storages as one: nothing waits for the slow ones, nothing that was put is lost by flushing and closing."""
 
+import gc
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from agnostic_cache.errors import StorageBusyError
 from agnostic_cache.eviction import PutStatus
 from agnostic_cache.storage.backend import Blob
 from agnostic_cache.storage.file import FileStorage
@@ -152,6 +155,32 @@ def test_of_what_waits_under_one_key_the_last_is_written() -> None:
         assert read(slow, "a") == bytes([99]) * 1000
         assert slow.stats().puts <= 2
         assert storage.tier_stats()[1].skipped == 0
+
+
+def test_a_finaliser_on_the_thread_that_writes_does_not_wait_for_it() -> None:
+    class Session:
+        def __init__(self) -> None:
+            self.itself = self
+
+    class Collecting(MemoryStorage):
+        def put(self, key: str, blob: Blob) -> PutStatus:
+            weakref.finalize(Session(), remove, key).atexit = False
+            gc.collect()
+            return super().put(key, blob)
+
+    def remove(key: str) -> None:
+        with pytest.raises(StorageBusyError):
+            storage.remove(key)
+        refused.append(key)
+
+    refused: list[str] = []
+    storage = TieredStorage([MemoryStorage("1GiB"), Collecting("1GiB")])
+    storage.put("a", b"1")
+    closing = threading.Thread(target=storage.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert refused == ["a"]
 
 
 def test_legal_means_that_a_tier_has_it_or_that_it_waits_for_one() -> None:
