@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, ReleasedError
-from agnostic_cache.state.adapter import Adapter, Array, Storage, SupportsDLPack
+from agnostic_cache.state.adapter import Adapter, Array, ArraySpec, Storage, SupportsDLPack
 from agnostic_cache.state.batch import check_row_lengths, split_leaves, stack_leaves
 from agnostic_cache.state.cutting import check_joinable, cut_leaves, join_leaves
 from agnostic_cache.state.layout import KVLayout
@@ -46,7 +46,18 @@ class KVState:
         layout: The layout that named its leaves, or None where their containers did. Not part of `structure`.
     """
 
-    __slots__ = ("__weakref__", "_adapter", "_gone", "_leaves", "_length", "_node", "_ownership", "layout", "missing")
+    __slots__ = (
+        "__weakref__",
+        "_adapter",
+        "_gone",
+        "_leaves",
+        "_length",
+        "_node",
+        "_ownership",
+        "_specs",
+        "layout",
+        "missing",
+    )
 
     def __init__(
         self,
@@ -66,6 +77,8 @@ class KVState:
         self._length = length
         self._ownership = ownership
         self._gone: str | None = None
+        # Of each leaf that was asked for. Arrays that are the caller's may become others behind our back.
+        self._specs: dict[str, ArraySpec] | None = None if ownership is Ownership.BORROWED else {}
         self.missing = missing
         self.layout = layout
 
@@ -124,6 +137,14 @@ class KVState:
     def storages(self) -> list[Storage]:
         """Return each piece of memory that the leaves keep alive, once."""
         return self._adapter.storages_all([leaf.array for leaf in self._alive().values()])
+
+    def spec(self, name: str) -> ArraySpec:
+        """Return shape, dtype and device of a leaf. A state that is kept looks at each array once."""
+        known = self._specs
+        if known is None:
+            return self._adapter.describe(self._alive()[name].array)
+        found = known.get(name)
+        return found or known.setdefault(name, self._adapter.describe(self._alive()[name].array))
 
     def compact_nbytes(self) -> Mapping[str, int]:
         """Return the bytes per device that a `copy` of this state will keep alive."""
@@ -330,7 +351,7 @@ class KVState:
         arrays = {name: leaf.array for name, leaf in leaves.items()}
         # Where no container or counter has stated a length, none needs one: it is not read from the device for this.
         native = build(self._node, arrays, self._length or 0, self._adapter)
-        self._ownership = Ownership.BORROWED
+        self._ownership, self._specs = Ownership.BORROWED, None
         return native
 
     def _check_complete(self) -> None:
@@ -370,6 +391,7 @@ class KVState:
         lent._length = self._length
         lent._ownership = Ownership.BORROWED
         lent._gone = None
+        lent._specs = self._specs
         lent.missing = self.missing
         lent.layout = self.layout
         return lent

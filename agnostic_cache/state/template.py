@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.adapter import Adapter, Array, ArraySpec, Fill
+from agnostic_cache.state.adapter import Adapter, Array, Fill
 from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.placing import Held, extent_of, find_moves, find_spans
 from agnostic_cache.state.registry import adapter_for
@@ -236,7 +236,7 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
     fills = []
     for layer in {piece.target_layer: None for piece in pieces}:  # in order
         of_layer = [piece for piece in pieces if piece.target_layer == layer]
-        held = tuple(_held(piece, adapter.describe(piece.leaf.array)) for piece in of_layer)
+        held = tuple(map(_held, of_layer))
         try:
             moves = find_moves(held, spec, slot.hint, layer, length, role=slot.role)
         except StructureMismatchError as error:
@@ -248,9 +248,9 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
     return fills
 
 
-def _held(piece: _Piece, spec: ArraySpec) -> Held:
-    _, (_, role, axes, _, first), _, layer, begin, length, _ = piece
-    return Held(spec, role, type(role), axes, first, layer, begin, length)
+def _held(piece: _Piece) -> Held:
+    name, (_, role, axes, _, first), _, layer, begin, length, owner = piece
+    return Held(owner.spec(name), role, type(role), axes, first, layer, begin, length)
 
 
 def _named(name: str, error: StructureMismatchError) -> StructureMismatchError:

@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 from jax_subject import live_bytes
 
-from agnostic_cache import KVLayout, PrefixCache, model_fingerprint
-from agnostic_cache.errors import InvalidTokensError, LayoutUnknownError, LengthMismatchError, StructureMismatchError
+from agnostic_cache import KVLayout, PrefixCache, model_fingerprint, wrap
+from agnostic_cache.errors import (
+    DeletedArrayError,
+    InvalidTokensError,
+    LayoutUnknownError,
+    LengthMismatchError,
+    StructureMismatchError,
+)
 from agnostic_cache_adapters.jax import resume, store
 
 ROWS, LAYERS = 80, 3
@@ -164,6 +170,16 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(StructureMismatchError):
         resume(cache, tokens, other)
     assert not any(array.is_deleted() for array in jax.tree.leaves(other))
+
+
+def test_a_state_that_was_deleted_is_named_before_buffers_are_given_up() -> None:
+    native, buffers = computed(list(range(20)), rows=20), init_kv()
+    for state in (wrap(native, layout=LAYOUT).copy(), wrap(native, layout=LAYOUT)):
+        state.unwrap(like=init_kv())
+        state.leaves["2.value"].array.delete()
+        with pytest.raises(DeletedArrayError):
+            state.unwrap(like=buffers)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(buffers))
 
 
 def test_a_fingerprint_names_the_weights() -> None:

@@ -222,6 +222,9 @@ class JaxAdapter(Adapter):
         or, where a view of the old array is alive, over a copy of it. So the bytes can be written directly, at the
         speed of memcpy, with no compilation per length and no clamping at the end of the buffer.
         """
+        for fill in fills:
+            if fill.source.is_deleted():  # before anything is given up
+                self._check(fill.source)
         targets = list({id(fill.target): fill.target for fill in fills}.values())
         owned = dict(zip(map(id, targets), _claim(self._apart(targets)), strict=True))
         for target in targets:
@@ -233,7 +236,7 @@ class JaxAdapter(Adapter):
         for target, index, source, source_index, order in fills:
             view = views.get(id(target))
             if view is not None and _on_host(source):
-                view[index] = _host_view(source)[source_index].transpose(order)
+                view[index] = np.asarray(source)[source_index].transpose(order)
             else:
                 held = owned[id(target)]
                 block = jnp.transpose(source[source_index], order)
