@@ -248,7 +248,7 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session(default=False, reuse_venv=True)
 def demo(session: nox.Session) -> None:
-    """A real model in PyTorch, in JAX, and across the two; `-- --json PATH` writes the figures."""
+    """A real model in PyTorch, in JAX, and across the two; `-- --json PATH --plot PATH` writes the figures."""
     install(session, *group("demo"), extras=EXTRAS)
     session.install("--no-compile", "--no-deps", *group("demo-bare"))
     session.run("python", "docs/examples/demo.py", *session.posargs)

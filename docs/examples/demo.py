@@ -1,15 +1,15 @@
-"""One document, three questions, three decoding loops: what is computed once, what comes back, and how fast.
+"""One document, three questions, three decoding loops, and a chat: what is computed once, what comes back, how fast.
 
-    python docs/examples/demo.py [--json PATH]
+    python docs/examples/demo.py [--json PATH] [--plot PATH]
 
 The loops are Hugging Face `generate` in PyTorch, a plain jitted JAX loop that donates its cache, and google-tunix's own
 Llama model; all run the same trained weights. Each answers from nothing and from a `StateCache`; its entry is evicted,
-and the memory that comes back is observed. At last one framework continues from the state that the other prefilled. A
-token that differs, or a byte that does not come back, makes the program exit with 1.
+and the memory that comes back is observed. Then one framework goes on from what another has put into a `PrefixCache`.
+At last PyTorch and JAX hold a chat of five turns, each answered with such a cache and without one, and the time to its
+first token is drawn. A token that differs, or a byte that does not come back, makes the program exit with 1.
 """
 
 import argparse
-import functools
 import json
 import statistics
 import sys
@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import chat
 import loops
 import smollm2
 from agnostic_cache import KVState, StateCache, wrap
 from agnostic_cache.eviction import PutStatus
 
-NEW_TOKENS = 16
-ROUNDS = 5
-COLD_SECONDS = 12.0  # how long a loop may answer from nothing before it stops repeating that
+NEW_TOKENS = 12
 
 Result = dict[str, Any]
 
@@ -38,12 +37,16 @@ def main() -> int:
     """Run the demo; return 0 where every token is equal and every byte came back."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--plot", type=Path, help="draw the chat here; by default beside the figures, or in demo.png")
     arguments = parser.parse_args()
+    plot: Path = arguments.plot or (arguments.json or Path("demo.json")).with_suffix(".png")
+    if plot.suffix[1:] not in chat.KINDS:
+        parser.error(f"--plot {plot}: no kind of image; end the name with .{' or .'.join(sorted(chat.KINDS))}")
     console = Console()
     loops.keep_compiled(smollm2.kept_copy() / "compiled")
     results: dict[str, Result] = {}
     with Progress(console=console) as progress:
-        task = progress.add_task("loading SmolLM2-135M-Instruct", total=1 + 3 * 3 + 2)
+        task = progress.add_task("loading SmolLM2-135M-Instruct", total=1 + 3 * 3 + 3 + 2 * len(chat.QUESTIONS))
 
         def say(what: str) -> None:
             progress.update(task, description=what, advance=1)
@@ -52,7 +55,7 @@ def main() -> int:
         weights = smollm2.load_weights()
         document = smollm2.document(tokenizer)
         questions = [smollm2.question(tokenizer, text) for text in smollm2.QUESTIONS]
-        max_len = len(document) + max(map(len, questions)) + NEW_TOKENS
+        max_len = len(document) + chat.ROOM
         chosen = [
             loops.TorchLoop(model),
             loops.JaxLoop(weights, max_len),
@@ -60,15 +63,25 @@ def main() -> int:
         ]
         say("loaded")
         answers: dict[str, list[list[int]]] = {}
+        misses: dict[str, loops.Answer] = {}
         states: dict[str, KVState] = {}
         for loop in chosen:
-            answers[loop.name], state, results[loop.name] = run_loop(loop, document, questions, say)
+            answers[loop.name], misses[loop.name], state, results[loop.name] = run_loop(loop, document, questions, say)
             states[loop.name] = wrap(state, length=len(document), layout=loop.layout).copy()  # as a cache keeps it
-        for source, target in ((chosen[0], chosen[1]), (chosen[1], chosen[0])):
+        in_torch, in_jax, in_tunix = chosen
+        for source, target in ((in_torch, in_jax), (in_jax, in_torch), (in_torch, in_tunix)):
             say(f"{source.name} has prefilled, {target.name} goes on")
-            crossed = cross(states[source.name], target, document, questions, answers[target.name])
+            crossed = cross(states[source.name], target, document, questions[:2], answers[target.name][:2])
             results[f"{source.name}_to_{target.name}"] = crossed
+        chats = {
+            loop.name: chat.talk(loop, document, states[loop.name], misses[loop.name], tokenizer, NEW_TOKENS, say)
+            for loop in (in_torch, in_jax)
+        }
     show(console, results, [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers["torch"]])
+    show_chats(console, chats)
+    chat.draw(plot, chats)
+    console.print(f"The chat is drawn in {plot}", highlight=False)
+    results["chat"] = {"tokens_equal": all(turn["tokens_equal"] for turns in chats.values() for turn in turns), **chats}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     right = all(result["tokens_equal"] for result in results.values())
@@ -81,24 +94,15 @@ def main() -> int:
 
 def run_loop(
     loop: loops.Loop, document: list[int], questions: list[list[int]], say: Callable[[str], None]
-) -> tuple[list[list[int]], Any, Result]:
+) -> tuple[list[list[int]], loops.Answer, Any, Result]:
     """Answer from nothing and from a cache, time the first token, evict, and look at the memory.
 
     Returns:
-        The token ids of the answers, the state of the document, and the figures.
+        The token ids of the answers, the first answer from nothing, the state of the document, and the figures.
     """
-    asked = [(question, NEW_TOKENS) for question in questions]
-    asked += [(questions[0], 1)] * (ROUNDS - len(questions))  # for the time to the first token alone
     say(f"{loop.name}: compiling, and answering from nothing")
-    # Both JAX loops compute prompts in chunks: two shapes, and that of one token, are all that they compile.
-    loop.cold(document[: loops.CHUNK], questions[0], new_tokens=2)
-    cold, begin = [], time.perf_counter()
-    for question, new_tokens in asked:
-        answer, state = loop.cold(document, question, new_tokens)
-        cold.append(answer)
-        if (time.perf_counter() - begin) * (len(cold) + 1) / len(cold) > COLD_SECONDS:
-            break  # one more would not fit
-
+    loop.compile(document, questions[0])
+    cold, state = loop.cold(document, questions[0], NEW_TOKENS)
     say(f"{loop.name}: answering from the cache")
     key = ("document", len(document))
     entry_bytes = sum(wrap(state).compact_nbytes().values())
@@ -107,8 +111,8 @@ def run_loop(
         message = f"the state of {entry_bytes} bytes did not fit into a budget of that size"
         raise RuntimeError(message)
     warm, fork = [], []
-    for question, new_tokens in asked:  # in turns, so that a machine that is busy is busy for both
-        warm.append(loop.warm(lambda: cache.get(key), document, question, new_tokens))
+    for question in questions:  # in turns, so that a machine that is busy is busy for both
+        warm.append(loop.warm(lambda: cache.get(key), document, question, NEW_TOKENS))
         fork.append(loop.warm(lambda: loop.fork_by_hand(state), document, question, 1))
 
     say(f"{loop.name}: evicting")
@@ -116,38 +120,38 @@ def run_loop(
     before = loop.live_bytes()
     cache.put("newcomer", newcomer)  # does not fit beside the document
     freed_bytes = before + cache.current_bytes - loop.live_bytes()
-    answers = [answer.ids for answer in warm[: len(questions)]]
+    answers = [answer.ids for answer in warm]
     figures = {
         "prefix_tokens": len(document),
-        "cold_seconds": statistics.median(answer.first_seconds for answer in cold),
-        "cold_rounds": len(cold),
+        "cold_seconds": cold.first_seconds,
         "warm_seconds": statistics.median(answer.first_seconds for answer in warm),
         "fork_seconds": statistics.median(answer.first_seconds for answer in fork),
-        "tokens_equal": all(hit.ids == miss.ids for hit, miss in zip(warm, cold, strict=False)),
+        "tokens_equal": warm[0].ids == cold.ids and all(a.ids[:1] == b.ids for a, b in zip(warm, fork, strict=True)),
         "entry_bytes": entry_bytes,
         "freed_bytes": freed_bytes,
     }
-    return answers, state, figures
+    return answers, cold, state, figures
 
 
 def cross(
     prefilled: KVState, target: loops.Loop, document: list[int], questions: list[list[int]], expected: list[list[int]]
 ) -> Result:
-    """Let `target` answer from a state that another framework computed."""
-    answers, seconds = [], []
-    zero_copy = copied = 0
+    """Let `target` answer from a state that another framework computed, and time the crossing by itself."""
+    begin = time.perf_counter()
+    crossed = prefilled.to(target.framework)
+    seconds = time.perf_counter() - begin
+    zero_copy, copied = shared_bytes(prefilled, crossed)
+    answers, hits = [], []
     for question in questions:
-        begin = time.perf_counter()
-        crossed = prefilled.to(target.framework)
-        seconds.append(time.perf_counter() - begin)
-        zero_copy, copied = shared_bytes(prefilled, crossed)
-        native = functools.partial(crossed.unwrap, like=target.template(), layout=target.layout)
-        answers.append(target.warm(native, document, question, NEW_TOKENS).ids)
+        cache = chat.make_cache()
+        cache.insert(document, prefilled)
+        answers.append(target.reply(document + question, NEW_TOKENS, cache).ids)
+        hits.append(cache.stats().hit_tokens)
     return {
-        "tokens_equal": answers == expected,
+        "tokens_equal": answers == expected and hits == [len(document)] * len(questions),
         "zero_copy_bytes": zero_copy,
         "copied_bytes": copied,
-        "seconds": statistics.median(seconds),
+        "seconds": seconds,
     }
 
 
@@ -178,6 +182,19 @@ def show(console: Console, results: dict[str, Result], answers: list[str]) -> No
             crossing.add_row(name.replace("_", " "), equal, *moved, f"{result['seconds'] * 1000:,.1f} ms")
     console.print(table)
     console.print(crossing)
+
+
+def show_chats(console: Console, chats: dict[str, list[Result]]) -> None:
+    """Print what was said, and what it took."""
+    table = Table(title="A chat of five turns: time to the first token, without a PrefixCache and with one")
+    for column in ("question", "answer", *(f"{name}, {kind}" for name in chats for kind in ("without", "with"))):
+        table.add_column(column, justify="left" if column in {"question", "answer"} else "right")
+    for turns in zip(*chats.values(), strict=True):
+        times = [turn[f"{kind}_seconds"] for turn in turns for kind in ("without", "with")]
+        equal = all(turn["tokens_equal"] for turn in turns)
+        said = turns[0]["answer"] if equal else "[red]DIFFERS[/red]"
+        table.add_row(turns[0]["question"], said, *(f"{seconds * 1000:,.0f} ms" for seconds in times))
+    console.print(table)
 
 
 def megabytes(nbytes: int) -> str:

@@ -2,7 +2,7 @@
 
 It is what a JAX user writes by hand: parameters in a pytree, one preallocated buffer per layer for keys and one for
 values, a jitted forward that consumes these buffers and returns them filled further. `start` is a traced number, so one
-compilation serves every start; each new number of tokens compiles once.
+compilation serves every start; numbers of tokens and rows are rounded up, so that few compilations serve all prompts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ Params = dict[str, Any]
 KV = list[dict[str, jax.Array]]
 
 CHUNK = 128  # tokens that one call computes; see prefill
+ROUND = 32  # what a shorter call is padded to a multiple of, for fewer shapes to compile
+LOOK = 512  # a whole chunk looks at a multiple of so many rows: rows that nobody has written yet take as long as others
 
 
 def init_params(weights: Weights) -> Params:
@@ -67,7 +69,9 @@ def prefill(params: Params, tokens: Sequence[int] | ArrayLike, kv: KV, start: in
     """Compute `tokens`, which stand at positions `start` and on; `kv` holds everything before them.
 
     `kv` is donated: its arrays are deleted, what is returned lives in the same memory. Long prompts are computed in
-    pieces of `CHUNK` tokens, which bounds the scores held at once and lets prompts of any length share compiled code.
+    pieces of `CHUNK` tokens, which bounds the scores held at once, and the last piece is padded, so that prompts of any
+    length share compiled code. What the padding writes lies behind the prompt: no token looks there, and the next one
+    overwrites it.
 
     Args:
         params: From `init_params`.
@@ -87,7 +91,13 @@ def prefill(params: Params, tokens: Sequence[int] | ArrayLike, kv: KV, start: in
         message = f"{ids.size} tokens at {start} asked; the cache has {max_len} rows"
         raise ValueError(message)
     for begin in range(0, ids.size, CHUNK):
-        logits, kv = _forward(params, ids[begin : begin + CHUNK], kv, np.int32(start + begin))
+        piece = ids[begin : begin + CHUNK]
+        padded = -(-piece.size // ROUND) * ROUND if piece.size > 1 else 1
+        if start + begin + padded > max_len:  # no room for it: compiles once more, for this very length
+            padded = piece.size
+        tokens = np.pad(piece, (0, padded - piece.size))
+        look = min(-(-(start + begin + CHUNK) // LOOK) * LOOK, max_len) if padded == CHUNK else max_len
+        logits, kv = _forward(params, tokens, kv, np.int32(start + begin), np.int32(piece.size), look)
     return logits, kv
 
 
@@ -121,13 +131,16 @@ def generate(
     return ids
 
 
-@partial(jax.jit, donate_argnames="kv")
-def _forward(params: Params, tokens: jax.Array, kv: KV, start: jax.Array) -> tuple[jax.Array, KV]:
+@partial(jax.jit, donate_argnames="kv", static_argnames="look")
+def _forward(
+    params: Params, tokens: jax.Array, kv: KV, start: jax.Array, count: jax.Array, look: int
+) -> tuple[jax.Array, KV]:
+    """Compute `tokens`, of which the first `count` are the prompt's, from the first `look` rows; see `prefill`."""
     positions = start + jnp.arange(tokens.size)
     angles = positions[:, None] * params["frequencies"]
     rotation = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # each of shape (tokens, 1, head_dim / 2)
-    # Causal, and blind to the rows that are not written yet; shape (tokens, max_len).
-    visible = jnp.arange(kv[0]["key"].shape[1]) <= positions[:, None]
+    # Causal, and blind to the rows that are not written yet; shape (tokens, look).
+    visible = jnp.arange(look) <= positions[:, None]
 
     hidden = params["embedding"][tokens][None]
     filled = []
@@ -140,7 +153,7 @@ def _forward(params: Params, tokens: jax.Array, kv: KV, start: jax.Array) -> tup
         normed = _norm(hidden, layer["mlp_norm"], params["norm_eps"])
         hidden += (jax.nn.silu(normed @ layer["gate"]) * (normed @ layer["up"])) @ layer["down"]
         filled.append(written)
-    last = _norm(hidden[0, -1], params["norm"], params["norm_eps"])
+    last = _norm(hidden[0, count - 1], params["norm"], params["norm_eps"])
     return params["embedding"] @ last, filled
 
 
@@ -152,7 +165,7 @@ def _attend(
     rotation: tuple[jax.Array, jax.Array],
     visible: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Attend from the new tokens, shape (1, tokens, hidden), to all rows; return the mix and the rows with theirs."""
+    """Attend from the new tokens, shape (1, tokens, hidden), to the rows; return the mix and the rows with theirs."""
     kv_heads, dim = rows["key"].shape[2:]
     queries, keys, values = (
         (hidden @ layer[name]).reshape(*hidden.shape[:2], -1, dim) for name in ("query", "key", "value")
@@ -164,10 +177,11 @@ def _attend(
     # A five-axis einsum, or repeated keys, says the same and is up to three times slower on a long prefill.
     queries = _rotate(queries, *rotation).swapaxes(1, 2)  # (1, heads, tokens, dim)
     folded = queries.reshape(1, kv_heads, -1, dim)
-    scores = jnp.einsum("bhqd,bshd->bhqs", folded, keys) / jnp.sqrt(dim).astype(keys.dtype)
-    scores = scores.reshape(*queries.shape[:3], -1)  # (1, heads, tokens, max_len)
+    look = visible.shape[1]
+    scores = jnp.einsum("bhqd,bshd->bhqs", folded, keys[:, :look]) / jnp.sqrt(dim).astype(keys.dtype)
+    scores = scores.reshape(*queries.shape[:3], -1)  # (1, heads, tokens, look)
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).reshape(*folded.shape[:3], -1)
-    mixed = jnp.einsum("bhqs,bshd->bhqd", weights, values).reshape(queries.shape)
+    mixed = jnp.einsum("bhqs,bshd->bhqd", weights, values[:, :look]).reshape(queries.shape)
     return mixed.swapaxes(1, 2).reshape(hidden.shape) @ layer["out"], {"key": keys, "value": values}
 
 

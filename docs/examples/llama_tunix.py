@@ -1,7 +1,8 @@
 """The same decoding loop around google-tunix's own Llama model, a Flax NNX module, with its cache donated.
 
 Tunix keeps its cache as ``{"layer_0": {"k": ..., "v": ..., "end_index": ...}, ...}`` and writes new rows at
-`end_index`. The functions have the shape of those in `llama_jax`.
+`end_index`. The functions have the shape of those in `llama_jax`, but nothing is padded: what the padding wrote would
+count, so that each new number of tokens compiles once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from flax import nnx
 from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
 from tunix.models.llama3.params import create_model_from_safe_tensors  # pyright: ignore[reportMissingImports]
 
+from llama_jax import CHUNK
 from smollm2 import Config, kept_copy
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 Params = tuple[nnx.GraphDef[llama3.Llama3], nnx.State[Any, Any]]
 Cache = dict[str, dict[str, jax.Array]]
-
-CHUNK = 128  # tokens that one call of the model computes; see prefill
 
 
 def load_params(config: Config) -> Params:
@@ -111,15 +111,6 @@ def decode(
         logits, cache = step(params, ids[-1], cache, position + len(ids) - 1)
         ids.append(int(logits.argmax()))
     return ids, cache
-
-
-def generate(
-    params: Params, tokens: Sequence[int] | ArrayLike, cache: Cache, start: int, max_new_tokens: int, eos: int
-) -> list[int]:
-    """Prefill `tokens` at `start` and answer greedily; see `prefill` and `decode`. `cache` is used up."""
-    logits, cache = prefill(params, tokens, cache, start)
-    ids, _ = decode(params, logits, cache, start + np.size(tokens), max_new_tokens, eos)
-    return ids
 
 
 @partial(jax.jit, donate_argnames="cache")

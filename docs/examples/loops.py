@@ -1,6 +1,7 @@
 """The three decoding loops of the demo, behind one face.
 
 A state is the loop's own native cache: a `DynamicCache`, a list of buffers, google-tunix's dict. `warm` uses it up.
+`reply` is what a program of one's own looks like: it takes prompts and a `PrefixCache`, and never sees a state.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import gc
 import time
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -20,11 +22,14 @@ from transformers.generation.streamers import BaseStreamer
 import llama_jax
 import llama_tunix
 from agnostic_cache import KVLayout
+from agnostic_cache_adapters.jax import resume, store
+from agnostic_cache_adapters.transformers import generate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from agnostic_cache import PrefixCache
     from smollm2 import Weights
 
 CHUNK = llama_jax.CHUNK
@@ -56,6 +61,10 @@ class Loop(ABC):
     framework: ClassVar[str]
     layout: KVLayout | None = None
 
+    def compile(self, document: list[int], question: list[int]) -> None:
+        """Run every shape that is to come once, so that nothing is compiled while it is timed."""
+        self.cold(document[:CHUNK], question, new_tokens=2)
+
     @abstractmethod
     def cold(self, document: list[int], question: list[int], new_tokens: int) -> tuple[Answer, Any]:
         """Answer from nothing; return the answer and a state that stands for `document`."""
@@ -63,6 +72,13 @@ class Loop(ABC):
     @abstractmethod
     def warm(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int) -> Answer:
         """Answer from a state that stands for `document`; `state` gives one to use up, inside of the timing."""
+
+    @abstractmethod
+    def reply(self, tokens: list[int], new_tokens: int, cache: PrefixCache | None = None) -> Answer:
+        """Answer a prompt from the longest part of it that `cache` knows, and store what is new of it and the answer.
+
+        Without a cache, answer from nothing.
+        """
 
     @abstractmethod
     def template(self) -> Any:
@@ -93,22 +109,30 @@ class TorchLoop(Loop):
 
     def cold(self, document: list[int], question: list[int], new_tokens: int) -> tuple[Answer, DynamicCache]:
         """See `Loop.cold`."""
-        answer, state = self._generate(lambda: None, document + question, new_tokens)
+        answer, state = self._run(self.model.generate, document + question, new_tokens)
         state.crop(len(document) - state.get_seq_length())  # views of the first rows
         return answer, state
 
     def warm(self, state: Callable[[], Any], document: list[int], question: list[int], new_tokens: int) -> Answer:
         """See `Loop.warm`."""
-        return self._generate(state, document + question, new_tokens)[0]
+
+        def from_state(prompt: torch.Tensor, **settings: Any) -> Any:
+            return self.model.generate(prompt, past_key_values=state(), **settings)
+
+        return self._run(from_state, document + question, new_tokens)[0]
+
+    def reply(self, tokens: list[int], new_tokens: int, cache: PrefixCache | None = None) -> Answer:
+        """See `Loop.reply`: what changes in a program is that ``generate(model, cache, ...)`` is called."""
+        plain = self.model.generate
+        return self._run(plain if cache is None else partial(generate, self.model, cache), tokens, new_tokens)[0]
 
     @torch.inference_mode()
-    def _generate(self, state: Callable[[], Any], tokens: list[int], new_tokens: int) -> tuple[Answer, DynamicCache]:
+    def _run(self, generate_: Callable[..., Any], tokens: list[int], new_tokens: int) -> tuple[Answer, DynamicCache]:
         prompt = torch.tensor([tokens])
         clock = _FirstToken()
-        result = self.model.generate(
+        result = generate_(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=state(),
             max_new_tokens=new_tokens,
             do_sample=False,
             streamer=clock,
@@ -122,7 +146,7 @@ class TorchLoop(Loop):
 
     def small_state(self) -> DynamicCache:
         """See `Loop.small_state`."""
-        return self._generate(lambda: None, [0], 1)[1]
+        return self._run(self.model.generate, [0], 1)[1]
 
     def fork_by_hand(self, state: DynamicCache) -> DynamicCache:
         """Copy the containers: dynamic layers never write their tensors in place."""
@@ -183,6 +207,20 @@ class _BufferLoop(Loop):
         ids, _ = self.module.decode(self.params, logits, kv, position, new_tokens, self.config.eos)
         return Answer(ids, first_seconds)
 
+    def reply(self, tokens: list[int], new_tokens: int, cache: PrefixCache | None = None) -> Answer:
+        """See `Loop.reply`: what changes in a program are the lines with `resume` and `store`."""
+        begin = time.perf_counter()
+        kv, start = self.template(), 0
+        if cache is not None:
+            kv, start = resume(cache, tokens, kv, layout=self.layout)
+        logits, kv = self.module.prefill(self.params, tokens[start:], kv, start)
+        logits.block_until_ready()
+        first_seconds = time.perf_counter() - begin
+        ids, kv = self.module.decode(self.params, logits, kv, len(tokens), new_tokens, self.config.eos)
+        if cache is not None:
+            store(cache, [*tokens, *ids[:-1]], kv, layout=self.layout)  # the last token is not computed yet
+        return Answer(ids, first_seconds)
+
     def fork_by_hand(self, state: Any) -> Any:
         """Copy every buffer, since the loop donates them."""
         return jax.tree.map(jnp.copy, state)
@@ -212,6 +250,14 @@ class JaxLoop(_BufferLoop):
             names={"{i}.key": "layers.{i}.key", "{i}.value": "layers.{i}.value"},
             rotary="half",
         )
+
+    def compile(self, document: list[int], question: list[int]) -> None:
+        """See `Loop.compile`."""
+        super().compile(document, question)
+        for start in range(llama_jax.LOOK, self.max_len - CHUNK, llama_jax.LOOK):
+            llama_jax.prefill(self.params, document[:CHUNK], self.template(), start)
+        for length in range(llama_jax.ROUND, CHUNK, llama_jax.ROUND):
+            llama_jax.prefill(self.params, document[:length], self.template(), 0)
 
     def template(self) -> llama_jax.KV:
         """See `Loop.template`."""

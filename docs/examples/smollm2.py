@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Of one length in tokens, so that one compilation serves all.
-# All of one length in tokens, so that JAX compiles one shape for the three.
+# Of one length in tokens, so that google-tunix's model, which is called with as many as there are, compiles once.
 QUESTIONS = (
     "When is the break statement allowed?",
     "What does the return statement do?",
@@ -118,6 +117,15 @@ def question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ask about the document: the ids from its last one to where the answer begins."""
     _, closing = _user_turn(tokenizer)
     return _encode(tokenizer, f"\n\n{text}{closing}")
+
+
+def next_question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Go on with a conversation: the ids from the one that ends an answer to where the next answer begins."""
+    answer = "{answer}"
+    turns = [("user", ""), ("assistant", answer), ("user", text)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, str(whole).partition(answer)[2])
 
 
 def kept_copy() -> Path:

@@ -30,6 +30,32 @@ def test_a_document_is_computed_once_and_answers_are_the_same(monkeypatch: pytes
     assert cache.stats().hit_tokens == 37 + 37 + 38  # the last question was asked before
 
 
+def test_a_prompt_that_leaves_no_room_for_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    model = runpy.run_path(str(EXAMPLE))["model"]
+    config = SimpleNamespace(layers=2, kv_heads=2, head_dim=8)
+    params, room = tiny_params(config), 80
+    kv, logits = model.init_kv(config, room), None
+    for length in range(1, room):
+        token = length * 7 % 64
+        logits, kv = model.step(params, token, kv, length - 1)
+        if length in {1, 33, 50, 79}:
+            prompt = [token * 7 % 64 for token in range(1, length + 1)]
+            padded, _ = model.prefill(params, prompt, model.init_kv(config, room), 0)
+            assert jnp.allclose(padded, logits, atol=1e-4)
+
+
+def test_rows_that_are_not_written_yet_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    model = runpy.run_path(str(EXAMPLE))["model"]
+    config = SimpleNamespace(layers=2, kv_heads=2, head_dim=8)
+    params, prompt = tiny_params(config), [token * 7 % 64 for token in range(600)]
+    few, _ = model.prefill(params, prompt, model.init_kv(config, 700), 0)
+    monkeypatch.setattr(model, "LOOK", 1000)
+    every, _ = model.prefill(params, prompt, model.init_kv(config, 700), 0)
+    assert jnp.allclose(few, every, atol=1e-4)
+
+
 def tiny_params(config: SimpleNamespace) -> dict[str, object]:
     """Random weights of a two-layer model of 32 hidden features and 64 tokens."""
     keys = iter(jax.random.split(jax.random.key(0), 64))
