@@ -31,6 +31,7 @@ QUESTIONS = (
     "How do I raise an exception?",
     "Which statement does nothing?",
 )
+NEW_TOKENS = 12
 ROOM = 260
 """More tokens than questions and answers add to the document."""
 # Fingerprints are per framework; frameworks that share a cache agree on a name for the weights.
@@ -40,56 +41,58 @@ LABELS = {"torch": "PyTorch, generate()", "jax": "JAX, a jitted loop"}
 KINDS = frozenset(FigureCanvasAgg.get_supported_filetypes())
 
 
-def make_cache() -> PrefixCache:
-    """Make an empty cache for the demo model, whichever framework runs it."""
-    return PrefixCache("1GiB", namespace=NAMESPACE)
+def make_cache(storage: str | None = None) -> PrefixCache:
+    """Make a cache for the demo model, whichever framework runs it: empty, but for what is in the storage of a URL."""
+    return PrefixCache("1GiB", namespace=NAMESPACE, storage=storage)
 
 
 def talk(
     loop: Loop,
     document: list[int],
-    known: KVState,
-    first_miss: Answer,
     tokenizer: PreTrainedTokenizerBase,
-    new_tokens: int,
     say: Callable[[str], None],
+    *,
+    known: KVState | None = None,
+    first_miss: Answer | None = None,
+    storage: str | None = None,
 ) -> list[dict[str, Any]]:
     """Ask one question after the other, each answered with a cache and without one.
 
     Args:
         loop: Who answers.
         document: What the chat is about.
-        known: The state of the document, which the cache is to know.
-        first_miss: The answer to the first question, computed from nothing.
         tokenizer: Of the model.
-        new_tokens: The most that an answer has.
         say: Told how far it is.
+        known: The state of the document, where the cache is to know it.
+        first_miss: The answer to the first question from nothing, where that is known already.
+        storage: URL of what the cache begins with, and of where it leaves what it computed.
 
     Returns:
         The figures of each turn.
     """
-    cache, tokens = make_cache(), document
-    cache.insert(document, known)
-    turns: list[dict[str, Any]] = []
-    for text in QUESTIONS:
-        say(f"{loop.name}: turn {len(turns) + 1} of a chat")
-        tokens = tokens + (smollm2.next_question(tokenizer, text) if turns else smollm2.question(tokenizer, text))
-        before = cache.stats().hit_tokens
-        hit = loop.reply(tokens, new_tokens, cache)
-        miss = loop.reply(tokens, new_tokens) if turns else first_miss
-        answer = [token for token in hit.ids if token != tokenizer.eos_token_id]
-        turns.append(
-            {
-                "question": text,
-                "answer": str(tokenizer.decode(answer)).strip(),
-                "prompt_tokens": len(tokens),
-                "hit_tokens": cache.stats().hit_tokens - before,
-                "with_seconds": hit.first_seconds,
-                "without_seconds": miss.first_seconds,
-                "tokens_equal": hit.ids == miss.ids,
-            }
-        )
-        tokens = tokens + answer
+    tokens, turns = document, list[dict[str, Any]]()
+    with make_cache(storage) as cache:
+        if known is not None:
+            cache.insert(document, known)
+        for text in QUESTIONS:
+            say(f"{loop.name}: turn {len(turns) + 1} of a chat")
+            tokens = tokens + (smollm2.next_question(tokenizer, text) if turns else smollm2.question(tokenizer, text))
+            before = cache.stats().hit_tokens
+            hit = loop.reply(tokens, NEW_TOKENS, cache)
+            miss = loop.reply(tokens, NEW_TOKENS) if turns or first_miss is None else first_miss
+            answer = [token for token in hit.ids if token != tokenizer.eos_token_id]
+            turns.append(
+                {
+                    "question": text,
+                    "answer": str(tokenizer.decode(answer)).strip(),
+                    "prompt_tokens": len(tokens),
+                    "hit_tokens": cache.stats().hit_tokens - before,
+                    "with_seconds": hit.first_seconds,
+                    "without_seconds": miss.first_seconds,
+                    "tokens_equal": hit.ids == miss.ids,
+                }
+            )
+            tokens = tokens + answer
     return turns
 
 

@@ -1,12 +1,15 @@
 """One document, three questions, three decoding loops, and a chat: what is computed once, what comes back, how fast.
 
-    python docs/examples/demo.py [--json PATH] [--plot PATH]
+    python docs/examples/demo.py [--json PATH] [--plot PATH] [--storage URL]
 
 The loops are Hugging Face `generate` in PyTorch, a plain jitted JAX loop that donates its cache, and google-tunix's own
 Llama model; all run the same trained weights. Each answers from nothing and from a `StateCache`; its entry is evicted,
 and the memory that comes back is observed. Then one framework goes on from what another has put into a `PrefixCache`.
 At last PyTorch and JAX hold a chat of five turns, each answered with such a cache and without one, and the time to its
-first token is drawn. A token that differs, or a byte that does not come back, makes the program exit with 1.
+first token is drawn. With a storage (``--storage file:///tmp/kv``) the chats begin with what is there: nothing in the
+first run, and what PyTorch has just computed for JAX; in the next run, from the first turn on, what the last one left.
+
+A token that differs, or a byte that does not come back, makes the program exit with 1.
 """
 
 import argparse
@@ -28,8 +31,6 @@ import smollm2
 from agnostic_cache import KVState, StateCache, wrap
 from agnostic_cache.eviction import PutStatus
 
-NEW_TOKENS = 12
-
 Result = dict[str, Any]
 
 
@@ -38,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="draw the chat here; by default beside the figures, or in demo.png")
+    parser.add_argument("--storage", help="URL of what the chat begins with, and of where it leaves its states")
     arguments = parser.parse_args()
     plot: Path = arguments.plot or (arguments.json or Path("demo.json")).with_suffix(".png")
     if plot.suffix[1:] not in chat.KINDS:
@@ -73,14 +75,25 @@ def main() -> int:
             say(f"{source.name} has prefilled, {target.name} goes on")
             crossed = cross(states[source.name], target, document, questions[:2], answers[target.name][:2])
             results[f"{source.name}_to_{target.name}"] = crossed
-        chats = {
-            loop.name: chat.talk(loop, document, states[loop.name], misses[loop.name], tokenizer, NEW_TOKENS, say)
-            for loop in (in_torch, in_jax)
-        }
+        chats = {}
+        for loop in (in_torch, in_jax):
+            known = None if arguments.storage else states[loop.name]
+            chats[loop.name] = chat.talk(
+                loop,
+                document,
+                tokenizer,
+                say,
+                known=known,
+                first_miss=misses[loop.name],
+                storage=arguments.storage,
+            )
     show(console, results, [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers["torch"]])
     show_chats(console, chats)
     chat.draw(plot, chats)
     console.print(f"The chat is drawn in {plot}", highlight=False)
+    for name, turns in chats.items() if arguments.storage else ():
+        found, asked = (turns[0][f"{kind}_tokens"] for kind in ("hit", "prompt"))
+        console.print(f"{name}: {found:,} of the first {asked:,} tokens came from the storage", highlight=False)
     results["chat"] = {"tokens_equal": all(turn["tokens_equal"] for turns in chats.values() for turn in turns), **chats}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -102,7 +115,7 @@ def run_loop(
     """
     say(f"{loop.name}: compiling, and answering from nothing")
     loop.compile(document, questions[0])
-    cold, state = loop.cold(document, questions[0], NEW_TOKENS)
+    cold, state = loop.cold(document, questions[0], chat.NEW_TOKENS)
     say(f"{loop.name}: answering from the cache")
     key = ("document", len(document))
     entry_bytes = sum(wrap(state).compact_nbytes().values())
@@ -112,7 +125,7 @@ def run_loop(
         raise RuntimeError(message)
     warm, fork = [], []
     for question in questions:  # in turns, so that a machine that is busy is busy for both
-        warm.append(loop.warm(lambda: cache.get(key), document, question, NEW_TOKENS))
+        warm.append(loop.warm(lambda: cache.get(key), document, question, chat.NEW_TOKENS))
         fork.append(loop.warm(lambda: loop.fork_by_hand(state), document, question, 1))
 
     say(f"{loop.name}: evicting")
@@ -145,7 +158,7 @@ def cross(
     for question in questions:
         cache = chat.make_cache()
         cache.insert(document, prefilled)
-        answers.append(target.reply(document + question, NEW_TOKENS, cache).ids)
+        answers.append(target.reply(document + question, chat.NEW_TOKENS, cache).ids)
         hits.append(cache.stats().hit_tokens)
     return {
         "tokens_equal": answers == expected and hits == [len(document)] * len(questions),
