@@ -29,6 +29,7 @@ def sums(folder: Path, questions: int) -> list[dict[str, Any]]:
         "fewshot_split": "train",
         "test_split": "test",
         "num_fewshot": SHOTS,
+        "fewshot_config": {"sampler": "first_n"},  # as MMLU: by default, each question gets examples of its own
         "doc_to_text": "Question: {{question}}\nAnswer:",
     }
     choose = {

@@ -30,6 +30,9 @@ class CachedHFLM(HFLM):  # type: ignore[misc]
     The continuations of one context are computed side by side, in fp32 of full logits, from the longest part of the
     context that is known; so is what ``generate_until`` generates. All else is `HFLM`.
 
+    Questions share their examples where the task says ``sampler: first_n``, as MMLU does. By default lm-eval draws
+    others for each question: then the choices of one question share their context, and no more.
+
         model = CachedHFLM(pretrained="HuggingFaceTB/SmolLM2-135M", prefix_cache="8GiB")
         lm_eval.simple_evaluate(model=model, tasks=["hellaswag"], num_fewshot=10)
     """
