@@ -172,11 +172,12 @@ def test_a_finaliser_on_the_thread_that_writes_does_not_wait_for_it() -> None:
     refused: list[str] = []
     storage = TieredStorage([MemoryStorage("1GiB"), Dropping("1GiB")])
     storage.put("a", b"1")
-    closing = threading.Thread(target=storage.close, daemon=True)
-    closing.start()
-    closing.join(20)
-    assert not closing.is_alive()
+    flushing = threading.Thread(target=storage.flush, daemon=True)
+    flushing.start()
+    flushing.join(20)
+    assert not flushing.is_alive()
     assert refused == ["a"]
+    storage.close()
 
 
 def test_legal_means_that_a_tier_has_it_or_that_it_waits_for_one() -> None:
