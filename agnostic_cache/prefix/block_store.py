@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
 from agnostic_cache.lease import Borrows
-from agnostic_cache.prefix.chain import TOKEN_BYTES, next_key
+from agnostic_cache.prefix.chain import TOKEN_BYTES, cut
 from agnostic_cache.prefix.index import Block, Index, has_snapshots, total_length, windows_complete, windows_of
 from agnostic_cache.prefix.match import Loaded, Match
 from agnostic_cache.state.kv_state import KVState
@@ -42,6 +42,7 @@ class BlockStore:
         self,
         states: StateCache,
         block_size: int,
+        layout: KVLayout | None,
         *,
         granular: bool,
         clock: Callable[[], float],
@@ -52,6 +53,7 @@ class BlockStore:
         Args:
             states: Where; nobody else puts anything there.
             block_size: Tokens per block.
+            layout: For `Match.load`.
             granular: Whether a match may end within a block.
             clock: Seconds, for the deadlines of blocks.
             stored: What lies below.
@@ -59,6 +61,7 @@ class BlockStore:
         self.states = states
         self.stored = stored
         self._block_size = block_size
+        self._layout = layout
         self._granular = granular
         self._clock = clock
         self.start()
@@ -71,16 +74,13 @@ class BlockStore:
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def find(
-        self, data: bytes, root: bytes, limit: int, layout: KVLayout | None, *, below: bool = True
-    ) -> tuple[Match, bytes]:
+    def find(self, data: bytes, root: bytes, limit: int, *, below: bool = True) -> tuple[Match, bytes]:
         """Borrow what is here of the first `limit` tokens; return it and the key of its last whole block.
 
         Args:
             data: The prompt.
             root: What it hangs on.
             limit: How much of it to look for.
-            layout: For `Match.load`.
             below: Whether to look in the storage too.
         """
         stored = self.stored if below else None
@@ -94,18 +94,17 @@ class BlockStore:
         if len(lease) < len(borrowed):  # the index is behind
             self.forget(borrowed[len(lease)])
             lease.close()
-            return self.find(data, root, limit, layout, below=below)
-        blocks, known = [*blocks, *tail], len(blocks)
-        count, snapshot = len(blocks), None
-        while count and not blocks[count - 1].granular:
-            last = blocks[count - 1]
-            if not last.windows or windows_complete(blocks, count):
-                snapshot = self._snapshot(blocks[:count], stored) if last.snapshots else None
-                if snapshot is not None or not last.snapshots:
-                    break
-            count, rows = count - 1, self._block_size
+            return self.find(data, root, limit, below=below)
+        known = len(blocks)
+        blocks += tail
+        try:
+            count, snapshot = self._end(blocks, stored)
+        except BaseException:  # a strict storage
+            lease.close()
+            raise
+        rows = rows if count == len(blocks) else self._block_size
         length = (count - 1) * self._block_size + rows if count else 0
-        match = Match(lease, here, loaded, snapshot, count, rows, length, layout)
+        match = Match(lease, here, loaded, snapshot, count, rows, length, self._layout)
         match.known = max(length, known * self._block_size)
         if stored is not None:
             stored.found(length)
@@ -113,6 +112,21 @@ class BlockStore:
             match.close()
         end = length // self._block_size
         return match, blocks[end - 1].key if end else root
+
+    def _end(self, blocks: list[Block], stored: "StoredBlocks | None") -> "tuple[int, Borrows | Loaded | None]":
+        """How many of the blocks a state can end behind, and what is valid at that end only."""
+        for count in range(len(blocks), 0, -1):
+            last = blocks[count - 1]
+            if last.granular:
+                return count, None
+            if last.windows and not windows_complete(blocks, count):
+                continue
+            if not last.snapshots:
+                return count, None
+            snapshot = self._snapshot(blocks[:count], stored)
+            if snapshot is not None:
+                return count, snapshot
+        return 0, None
 
     def known(self, data: bytes, root: bytes, limit: int) -> tuple[list[Block], int]:
         """The chain of blocks for the first `limit` tokens, and how many tokens of the last one are in common."""
@@ -122,10 +136,9 @@ class BlockStore:
 
     def _whole(self, data: bytes, root: bytes, limit: int) -> list[Block]:
         """The chain of blocks that are wholly within the first `limit` tokens."""
-        size, key, get, blocks = self._block_size * TOKEN_BYTES, root, self._index.get, []
-        for begin in range(0, limit // self._block_size * size, size):
-            tokens = data[begin : begin + size]
-            key = next_key(key, tokens)
+        get, blocks = self._index.get, []
+        whole = data[: limit // self._block_size * self._block_size * TOKEN_BYTES]
+        for key, tokens in cut(whole, root, self._block_size):
             block = get(key)
             if block is None or (block.deadline is not None and self._expired(block)):
                 break
@@ -175,15 +188,24 @@ class BlockStore:
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    def insert(self, data: bytes, root: bytes, state: KVState, count: int, deadline: float | None) -> int:
-        """Copy in what is not here of the first `count` tokens of a state; return how many blocks that were."""
-        blocks = self._plan(data, root, state, count, deadline)
+    def plan(self, data: bytes, root: bytes, state: KVState, count: int, deadline: float | None) -> list[Block]:
+        """Return the blocks that stand for the first `count` tokens of a state; nothing comes in yet."""
+        snapshots, parent, start = has_snapshots(state), root, 0
+        blocks: list[Block] = []
+        for key, tokens in cut(data[: count * TOKEN_BYTES], root, self._block_size):
+            windows = windows_of(state, start, min(start + self._block_size, count))
+            blocks.append(Block(key, parent, tokens, windows, snapshots=snapshots, deadline=deadline))
+            parent, start = key, start + self._block_size
+        return blocks
+
+    def insert(self, data: bytes, blocks: list[Block], state: KVState) -> int:
+        """Copy in what is not here of the blocks planned for a prompt; return how many that were."""
         keys = [block.key for block in blocks]
         leases = [self.states.borrow_all(keys, use=False)]  # what the new ones hang on does not leave to make room
         try:
             made = self._insert_blocks(blocks, state, leases)
-            if blocks[-1].snapshots and count == state.length and not state.missing:
-                self._insert_snapshot(blocks[-1], state, count)
+            if blocks[-1].snapshots and total_length(blocks) == state.length and not state.missing:
+                self._insert_snapshot(blocks[-1], state)
         finally:
             for lease in leases:
                 lease.close()
@@ -191,25 +213,6 @@ class BlockStore:
             self.stored.computed(data)  # only now: what was stored is computed, also where that was still under way
         self.states.borrow_all(keys).close()  # the first becomes the newest
         return made
-
-    def keys(self, data: bytes, root: bytes, count: int) -> list[bytes]:
-        """The keys of the blocks that the first `count` tokens are cut into."""
-        key, size, keys = root, self._block_size * TOKEN_BYTES, []
-        for begin in range(0, count * TOKEN_BYTES, size):
-            key = next_key(key, data[begin : min(begin + size, count * TOKEN_BYTES)])
-            keys.append(key)
-        return keys
-
-    def _plan(self, data: bytes, root: bytes, state: KVState, count: int, deadline: float | None) -> list[Block]:
-        """The blocks that stand for the first `count` tokens of a state."""
-        snapshots, parent, blocks = has_snapshots(state), root, []
-        for i, key in enumerate(self.keys(data, root, count)):
-            start, stop = i * self._block_size, min((i + 1) * self._block_size, count)
-            tokens = data[start * TOKEN_BYTES : stop * TOKEN_BYTES]
-            windows = windows_of(state, start, stop)
-            blocks.append(Block(key, parent, tokens, windows, snapshots=snapshots, deadline=deadline))
-            parent = key
-        return blocks
 
     def _insert_blocks(self, blocks: list[Block], state: KVState, leases: list[Borrows]) -> int:
         """Copy in the blocks that are not here; `leases` begins with those that are, and takes the new ones."""
@@ -249,18 +252,18 @@ class BlockStore:
                 break  # what hangs on it would never be found
         return made
 
-    def _insert_snapshot(self, last: Block, state: KVState, count: int) -> None:
-        """Keep what is valid at the end of the last block only."""
+    def _insert_snapshot(self, last: Block, state: KVState) -> None:
+        """Keep what is valid at the end of the last block, which is the end of the state, only."""
         key = last.key + SNAPSHOT_KEY
         here = self.states.contains(last.key) and not self.states.contains(key)
         storing = self.stored is not None and self._lasts(last) and self.stored.lacks_snapshot(last)
         if not here and not storing:
             return
-        snapshot = state.cut(count, count)
+        snapshot = state.cut(state.length, state.length)
         if self.stored is not None and storing:
             self.stored.put_snapshot(last, snapshot)
         if here:
-            self.states.put(key, snapshot, move=True, cost=recompute_cost(0, count))
+            self.states.put(key, snapshot, move=True, cost=recompute_cost(0, state.length))
 
     def _lasts(self, block: Block) -> bool:
         """Whether a block is worth storing: the next process can find whole ones only, and knows no deadline."""

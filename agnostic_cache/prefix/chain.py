@@ -6,7 +6,7 @@ for everything from the first token on. The chain starts at the hash of what els
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NoReturn
 
@@ -46,6 +46,21 @@ def fields(*parts: bytes) -> bytes:
 def next_key(parent: bytes, tokens: bytes) -> bytes:
     """Return the key of a block: `parent` is the key before it, `tokens` its own, encoded."""
     return blake2b(parent + tokens, digest_size=KEY_BYTES).digest()
+
+
+def cut(data: bytes, parent: bytes, block_size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Cut encoded tokens into blocks, the last one maybe shorter; yield the key and the tokens of each.
+
+    Args:
+        data: Tokens, encoded.
+        parent: The key before the first of them.
+        block_size: Tokens per block.
+    """
+    size = block_size * TOKEN_BYTES
+    for begin in range(0, len(data), size):
+        tokens = data[begin : begin + size]
+        parent = next_key(parent, tokens)
+        yield parent, tokens
 
 
 def encode(tokens: Any) -> bytes:

@@ -141,7 +141,7 @@ class PrefixCache:
 
             stored = StoredBlocks(open_tiers(storage), block_size, layout, clock)
         states = StateCache(max_bytes, evictor=evictor, trace=self._told)
-        self._blocks = BlockStore(states, block_size, granular=not exact, clock=clock, stored=stored)
+        self._blocks = BlockStore(states, block_size, layout, granular=not exact, clock=clock, stored=stored)
         self._start()
         _caches.add(self)
 
@@ -177,7 +177,7 @@ class PrefixCache:
         if self.exact:
             limit -= limit % self.block_size
         while True:
-            match, parent = self._blocks.find(data, root, limit, self.layout) if read else (_empty(), root)
+            match, parent = self._blocks.find(data, root, limit) if read else (_empty(), root)
             if not single_flight or match.length == limit:
                 break
             begin = match.length - match.length % self.block_size
@@ -199,7 +199,7 @@ class PrefixCache:
         found = 0
         for prompt in prompts:
             data = encode(prompt)
-            match, _ = self._blocks.find(data, root, len(data) // TOKEN_BYTES, self.layout, below=False)
+            match, _ = self._blocks.find(data, root, len(data) // TOKEN_BYTES, below=False)
             found += match.length
             match.close()
         return found
@@ -251,13 +251,13 @@ class PrefixCache:
             return 0
         seconds = self._ttl_seconds if ttl_seconds is None else ttl_seconds
         deadline = None if seconds is None else self._clock() + seconds
-        keys = self._blocks.keys(data, root, count)
+        blocks = self._blocks.plan(data, root, held, count, deadline)
+        keys = [block.key for block in blocks]
         self._flights.spread(keys)
         try:
-            made = self._blocks.insert(data, root, held, count, deadline)
+            made = self._blocks.insert(data, blocks, held)
         finally:
-            for key in keys:
-                self._flights.land(key)
+            self._flights.land(keys)
         if self._trace is not None:
             self._trace("prefix_cache.insert", {"tokens": count, "blocks": len(keys), "copied": made})
         return made

@@ -17,7 +17,7 @@ class Claim:
 
     def end(self) -> None:
         """Let others claim the key. Idempotent, and nothing where it landed already."""
-        self._flights.land(self.key, self)
+        self._flights.give_up(self)
 
 
 class SingleFlight:
@@ -53,11 +53,20 @@ class SingleFlight:
                 for key in keys:
                     self._claims.setdefault(key, claim)
 
-    def land(self, key: bytes, claim: Claim | None = None) -> None:
-        """End the claim on a key, whoever has it; or only `claim`, where that is given."""
-        if key not in self._claims:
+    def land(self, keys: Sequence[bytes]) -> None:
+        """End the claims on `keys`, whoever has them."""
+        if not self._claims:
             return
         with self._changed:
-            if claim is None or self._claims.get(key) is claim:
+            for key in keys:
                 self._claims.pop(key, None)
+            self._changed.notify_all()
+
+    def give_up(self, claim: Claim) -> None:
+        """End a claim, where it did not land."""
+        if claim.key not in self._claims:
+            return
+        with self._changed:
+            if self._claims.get(claim.key) is claim:
+                del self._claims[claim.key]
                 self._changed.notify_all()

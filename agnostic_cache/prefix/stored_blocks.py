@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from agnostic_cache.errors import BlobError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.prefix.chain import TOKEN_BYTES, next_key
+from agnostic_cache.prefix.chain import TOKEN_BYTES, cut
 from agnostic_cache.prefix.index import Block, has_snapshots, windows_of
 from agnostic_cache.state.blob import Blob, encode
 from agnostic_cache.state.kv_state import KVState
@@ -105,6 +105,7 @@ class StoredBlocks:
         self.tiers = tiers
         self.seconds_per_token: float | None = None
         self.mismatches = 0
+        self._lock = threading.Lock()  # guards the count
         self._block_size = block_size
         self._layout = layout
         self._clock = clock
@@ -114,14 +115,14 @@ class StoredBlocks:
 
     def load(self, parent: bytes, data: bytes) -> list[StoredBlock]:
         """Return the first blocks of `data` behind `parent`, as far as they are there and worth it, in host memory."""
-        keys, pieces = self._split(parent, data)
+        pieces = list(cut(data, parent, self._block_size))
         seconds = self.seconds_per_token
         worth = None if seconds is None else seconds * self._block_size
-        blobs = self.tiers.load([_name(key) for key in keys], seconds_per_key=worth)
+        blobs = self.tiers.load([_name(key) for key, _ in pieces], seconds_per_key=worth)
         found: list[StoredBlock] = []
-        for key, tokens, blob in zip(keys, pieces, blobs, strict=False):
-            read = self._read(_name(key), tokens, blob)
-            if read is None or read[0].length != self._block_size:
+        for (key, tokens), blob in zip(pieces, blobs, strict=False):
+            read = self._read(_name(key), tokens, self._block_size, blob)
+            if read is None:
                 break
             state, framework = read
             windows = windows_of(state, 0, state.length)
@@ -142,35 +143,32 @@ class StoredBlocks:
             return None
         name = _snapshot_name(last.key)
         blob = self.tiers.get(name)
-        read = None if blob is None else self._read(name, last.tokens, blob)
+        read = None if blob is None else self._read(name, last.tokens, 0, blob)
         return None if read is None else read[0]
 
     def prefetch(self, parent: bytes, data: bytes) -> None:
         """Bring the blocks of `data` behind `parent` to the first tier, in the background."""
-        keys, _ = self._split(parent, data)
-        self.tiers.prefetch([_name(key) for key in keys])
+        self.tiers.prefetch([_name(key) for key, _ in cut(data, parent, self._block_size)])
 
-    def _split(self, parent: bytes, data: bytes) -> tuple[list[bytes], list[bytes]]:
-        """The keys of the blocks of `data`, and their tokens."""
-        size = self._block_size * TOKEN_BYTES
-        pieces = [data[begin : begin + size] for begin in range(0, len(data), size)]
-        keys: list[bytes] = []
-        for piece in pieces:
-            parent = next_key(parent, piece)
-            keys.append(parent)
-        return keys, pieces
+    def _read(self, name: str, tokens: bytes, length: int, raw: memoryview) -> tuple[KVState, str] | None:
+        """Parse a blob of these tokens and so many rows; return its state and framework.
 
-    def _read(self, name: str, tokens: bytes, raw: memoryview) -> tuple[KVState, str] | None:
-        """Parse a blob of these tokens, and of what framework; one that is not what its name says is removed."""
+        One that is not what its name says is removed.
+        """
         try:
             blob = Blob(raw)
             known = blob.tokens()
-            if known is not None and known.tobytes() == tokens:
-                return blob.state(layout=self._layout), blob.framework or "host"
-            found: object = "other tokens"
+            if known is None or known.tobytes() != tokens:
+                found: object = "other tokens"
+            else:
+                state = blob.state(layout=self._layout)
+                if state.length == length:
+                    return state, blob.framework or "host"
+                found = f"{state.length} rows and not {length}"
         except BlobError as error:
             found = error
-        self.mismatches += 1
+        with self._lock:
+            self.mismatches += 1
         self.tiers.remove(name)
         _logger.warning("a stored block was no block of this prompt, which is a miss: %s", found)
         return None

@@ -176,7 +176,8 @@ def _shared_rows(name: str, slot: _Slot, parts: Sequence["KVState"], adapter: Ad
     if slot.array is not None or hint is None or not hint.frozen or type(hint.role) is not TOKENS:
         return None
     leaves = [part._leaves.get(name) for part in parts]
-    if any(leaf is None or leaf[1:4] != hint for leaf in leaves):  # role, axes, frozen
+    # A leaf begins array, role, axes, frozen; a role is equal to one of another kind with the same numbers.
+    if any(leaf is None or leaf[1:4] != hint or type(leaf.role) is not TOKENS for leaf in leaves):
         return None
     axis, stride = hint.role
     arrays: list[Array] = [leaf.array for leaf in leaves if leaf is not None]

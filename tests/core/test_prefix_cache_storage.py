@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import LAYOUTS, WIDTH, contents, state_of
 
-from agnostic_cache import PrefixCache, open_storage
+from agnostic_cache import PrefixCache, open_storage, wrap
 from agnostic_cache.errors import StorageError, StorageURLError
+from agnostic_cache.prefix.block_store import SNAPSHOT_KEY
+from agnostic_cache.state.blob import encode
 from agnostic_cache.storage.backend import Blob
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.guard import GuardedStorage
@@ -202,7 +204,7 @@ def test_blocks_with_an_end_stay_in_memory() -> None:
         assert hit(cache, DOCUMENT) == 29
 
 
-@pytest.mark.parametrize("damage", ["other tokens", "no blob", "another block"])
+@pytest.mark.parametrize("damage", ["other tokens", "no blob", "another block", "too few rows"])
 def test_what_is_not_the_block_of_its_name_is_a_miss_and_goes(damage: str) -> None:
     storage = MemoryStorage("1MiB")
     cache = make(storage)
@@ -213,8 +215,14 @@ def test_what_is_not_the_block_of_its_name_is_a_miss_and_goes(damage: str) -> No
     raw = bytes(found)
     other = storage.get(third)
     assert other is not None
-    damaged = {"other tokens": raw.replace(bytes([108, 0, 0, 0]), bytes([7, 0, 0, 0])), "no blob": b"x" * 99}
-    storage.put(second, damaged.get(damage, bytes(other)))
+    tokens = DOCUMENT[BLOCK : 2 * BLOCK]
+    damaged: dict[str, Blob] = {
+        "other tokens": raw.replace(bytes([108, 0, 0, 0]), bytes([7, 0, 0, 0])),
+        "no blob": b"x" * 99,
+        "another block": bytes(other),
+        "too few rows": encode(wrap(state_of(tokens[:-1]), layout=LAYOUTS["tokens"]), tokens=tokens),
+    }
+    storage.put(second, damaged[damage])
     cache.clear()
     assert hit(cache, DOCUMENT) == 8
     assert cache.stats().mismatches == 1
@@ -245,6 +253,7 @@ def test_only_what_is_faster_than_computing_is_loaded() -> None:
         cache.clear()
         with cache.match([*long, 1]) as match:
             length = match.length
+        cache.flush()  # what is measured in the background is not to see the clock move
         now += seconds_per_token * (49 - length)
         cache.insert([*long, 1], state_of([*long, 1]))
         cache.flush()
@@ -269,6 +278,24 @@ def test_a_state_that_was_there_already_says_nothing_of_computing(tmp_path: Path
             assert hit(cache, [1000 + prompt[0], *prompt]) == 0
             insert(cache, [1000 + prompt[0], *prompt])  # at once: slower to load than that, but nothing was computed
             assert hit(cache, prompt) == 24
+
+
+def test_a_strict_storage_that_fails_in_the_middle_of_a_match_leaves_nothing_borrowed() -> None:
+    class Broken(MemoryStorage):
+        def get(self, key: str) -> memoryview | None:
+            if "snapshot" in key:
+                msg = "broken"
+                raise StorageError(msg)
+            return super().get(key)
+
+    cache = make(Broken("1MiB"), "snapshot")
+    cache.insert(DOCUMENT[:BLOCK], state_of(DOCUMENT[:BLOCK], "snapshot"))
+    (block,) = cache._blocks._index  # noqa: SLF001
+    cache._blocks.states.remove(block.key + SNAPSHOT_KEY)  # noqa: SLF001 - what an eviction does
+    with pytest.raises(StorageError, match="broken") as error:
+        cache.match(DOCUMENT)
+    cache.clear()
+    assert cache.stats().current_bytes == 0, error
 
 
 def test_a_storage_that_fails_is_a_miss_unless_it_is_strict() -> None:
