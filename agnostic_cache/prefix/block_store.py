@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
 from agnostic_cache.lease import Borrows
-from agnostic_cache.prefix.chain import TOKEN_BYTES, cut
+from agnostic_cache.prefix.chain import TOKEN_BYTES, cut, next_key
 from agnostic_cache.prefix.index import Block, Index, has_snapshots, total_length, windows_complete, windows_of
 from agnostic_cache.prefix.match import Loaded, Match
 from agnostic_cache.state.kv_state import KVState
@@ -136,17 +136,20 @@ class BlockStore:
 
     def _whole(self, data: bytes, root: bytes, limit: int) -> list[Block]:
         """The chain of blocks that are wholly within the first `limit` tokens."""
-        get, blocks = self._index.get, []
-        whole = data[: limit // self._block_size * self._block_size * TOKEN_BYTES]
-        for key, tokens in cut(whole, root, self._block_size):
-            block = get(key)
-            if block is None or (block.deadline is not None and self._expired(block)):
+        index, blocks, parent, size = self._index, [], root, self._block_size * TOKEN_BYTES
+        for begin in range(0, limit // self._block_size * size, size):
+            tokens = data[begin : begin + size]
+            block = index.child(parent, tokens)
+            if block is None:
+                other = index.get(next_key(parent, tokens))
+                if other is not None:
+                    with self._lock:
+                        self.mismatches += 1
+                    self.remove(other)
                 break
-            if block.tokens != tokens:
-                with self._lock:
-                    self.mismatches += 1
-                self.remove(block)
+            if block.deadline is not None and self._expired(block):
                 break
+            parent = block.key
             blocks.append(block)
         return blocks
 
@@ -271,16 +274,12 @@ class BlockStore:
 
     def _is_covered(self, block: Block) -> bool:
         """Whether a longer block has the rows of this one, and a match may end anywhere in it."""
-        return block.granular and any(
-            child.length > block.length and child.granular and child.tokens.startswith(block.tokens)
-            for child in self._index.children(block.parent, block.tokens)
-        )
+        return block.granular and any(child.granular for child in self._index.extensions(block.parent, block.tokens))
 
     def _drop_covered(self, block: Block) -> None:
         """Remove the shorter blocks whose rows this one has."""
-        for child in self._index.children(block.parent, block.tokens):
-            shorter = child.length < block.length and child.granular and block.granular
-            if shorter and block.tokens.startswith(child.tokens):
+        for child in self._index.beginnings(block.parent, block.tokens):
+            if child is not block and child.granular and block.granular:
                 self.remove(child)
 
     # --- keeping -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The blocks that a prefix cache can find: what a match needs to know of each, without touching its arrays."""
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 from agnostic_cache.prefix.chain import TOKEN_BYTES
 from agnostic_cache.state.kv_state import KVState
@@ -80,59 +82,98 @@ def windows_complete(blocks: list[Block], count: int) -> bool:
     return True
 
 
+_tokens_of = attrgetter("tokens")
+
+
 class Index:
-    """Blocks by key, and by parent and first token. A hint: the state cache knows what is really there.
+    """Blocks by key, and those after each in the order of their tokens. A hint: the state cache knows what is there.
+
+    The blocks that have most in common with a prompt lie next to where it would stand among them, so that a question
+    takes the logarithm of their number: every prompt of a model may begin with the same token.
 
     Not thread-safe for writing: its owner holds a lock. Reading is safe beside one writer.
     """
 
-    __slots__ = ("_blocks", "_children", "get")
+    __slots__ = ("_blocks", "_children")
 
     def __init__(self) -> None:
         """Start empty."""
         self._blocks: dict[bytes, Block] = {}
-        self._children: dict[bytes, tuple[Block, ...]] = {}  # by key of the parent + first token
-        self.get: Callable[[bytes], Block | None] = self._blocks.get
-        """Return the block under a key, or None. The method of the dict: a match asks for every block of a prompt."""
+        self._children: dict[bytes, tuple[Block, ...]] = {}  # by parent, in order; replaced, never changed
 
     def __iter__(self) -> Iterator[Block]:
         """Iterate over all blocks, as they are now."""
         return iter(list(self._blocks.values()))
 
+    def get(self, key: bytes) -> Block | None:
+        """Return the block under a key, or None."""
+        return self._blocks.get(key)
+
     def add(self, block: Block) -> None:
         """Add a block, in place of one of its key."""
         self.discard(block.key)
         self._blocks[block.key] = block
-        place = block.parent + block.tokens[:TOKEN_BYTES]
-        self._children[place] = (*self._children.get(place, ()), block)
+        siblings, at = self._place(block.parent, block.tokens)
+        self._children[block.parent] = (*siblings[:at], block, *siblings[at:])
 
     def discard(self, key: bytes) -> None:
         """Forget a block, if it is there."""
         block = self._blocks.pop(key, None)
         if block is None:
             return
-        place = block.parent + block.tokens[:TOKEN_BYTES]
-        left = tuple(child for child in self._children[place] if child is not block)
+        siblings, end = self._place(block.parent, block.tokens)
+        left = (*siblings[: end - 1], *siblings[end:])
         if left:
-            self._children[place] = left
+            self._children[block.parent] = left
         else:
-            del self._children[place]
+            del self._children[block.parent]
 
-    def children(self, parent: bytes, tokens: bytes) -> tuple[Block, ...]:
-        """Return the blocks after `parent` that begin with the first of `tokens`."""
-        return self._children.get(parent + tokens[:TOKEN_BYTES], ())
+    def child(self, parent: bytes, tokens: bytes) -> Block | None:
+        """Return the block after `parent` of exactly these tokens, or None. Takes no hash."""
+        siblings, end = self._place(parent, tokens)
+        return siblings[end - 1] if end and siblings[end - 1].tokens == tokens else None
 
     def best_child(self, parent: bytes, tokens: bytes) -> tuple[Block | None, int]:
         """Return the block after `parent` that is of most use for `tokens`, and how many it has in common with them.
 
         A block whose state cannot end at any token is of use only as a whole.
         """
+        siblings, end = self._place(parent, tokens)
         best, most = None, 0
-        for child in self.children(parent, tokens):
+        for child in siblings[max(end - 1, 0) : end + 1]:
             common = common_tokens(child.tokens, tokens)
-            if common > most and (child.granular or common == child.length):
+            if common > most and child.granular:
                 best, most = child, common
+        if best is None:
+            best = next(self.beginnings(parent, tokens), None)
+            most = 0 if best is None else best.length
         return best, most
+
+    def beginnings(self, parent: bytes, tokens: bytes) -> Iterator[Block]:
+        """Yield the blocks after `parent` that `tokens` begin with, the longest first."""
+        while tokens:
+            siblings, end = self._place(parent, tokens)
+            if not end:
+                return
+            child = siblings[end - 1]
+            common = common_tokens(child.tokens, tokens)
+            if common == child.length:
+                yield child
+                tokens = tokens[: common * TOKEN_BYTES - 1]
+            else:
+                tokens = tokens[: common * TOKEN_BYTES]
+
+    def extensions(self, parent: bytes, tokens: bytes) -> Iterator[Block]:
+        """Yield the blocks after `parent` that begin with `tokens` and go on."""
+        siblings, end = self._place(parent, tokens)
+        while end < len(siblings) and siblings[end].tokens.startswith(tokens):
+            yield siblings[end]
+            end += 1
+
+    def _place(self, parent: bytes, tokens: bytes) -> tuple[tuple[Block, ...], int]:
+        """The blocks after `parent`, and where the first is that stands behind `tokens`."""
+        siblings = self._children.get(parent, ())
+        return siblings, bisect_right(siblings, tokens, key=_tokens_of)
 
 
 def common_tokens(one: bytes, other: bytes) -> int:

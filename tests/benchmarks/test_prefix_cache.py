@@ -20,6 +20,8 @@ from agnostic_cache_adapters.jax import resume, store
 from agnostic_cache_adapters.transformers import generate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.benchmarks.conftest import Demo, Race, Report
 
 PREFIX = 2048
@@ -40,6 +42,26 @@ def test_match_of_131072_tokens(kind: str, target: float, race: Race, report: Re
     assert match() == len(tokens) - 1
     seconds = race({"ours": match}, rounds=40)
     report(f"match of 131,072 tokens from a {kind}", seconds["ours"], None, target)
+
+
+def test_match_of_a_new_prompt_among_many(race: Race, report: Report) -> None:
+    """All begin with the same token, as a tokenizer's prompts do."""
+
+    def match_among(count: int) -> Callable[[], int]:
+        cache = PrefixCache("1GiB", namespace="m", layout=KVLayout({"key": TOKENS(0)}))
+        for first in range(count):
+            prompt = [1, 10 + first, *range(298)]
+            cache.insert(prompt, {"key": HostArray.empty((300, 1), Dtype.FLOAT16)})
+
+        def match() -> int:
+            with cache.match([1, 9, *range(298)]) as found:
+                return found.length
+
+        assert match() == 1
+        return match
+
+    seconds = race({"ours": match_among(10_000), "peer": match_among(10)}, rounds=200)
+    report("match of a new prompt among 10,000 against 10", seconds["ours"], seconds["peer"], 1.5)
 
 
 @pytest.mark.parametrize("new", [8, 32, 128])
