@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agnostic_cache import KVLayout, PrefixCache
 from agnostic_cache_adapters.jax import resume, store
@@ -27,23 +26,6 @@ def llama_jax() -> Any:
     finally:
         sys.path.remove(str(EXAMPLES))
     return llama_jax
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class Loop:

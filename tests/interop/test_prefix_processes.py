@@ -11,28 +11,10 @@ import numpy as np
 import pytest
 import torch
 from redis_server import Server
-from transformers import LlamaConfig, LlamaForCausalLM
 
 SUBJECTS = Path(__file__).parents[1] / "subjects"
 DOCUMENT = list(range(3, 43))  # five blocks
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

@@ -6,43 +6,21 @@
 from typing import Any
 
 import pytest
-import torch
+from byte_model import byte_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from sums_task import sums
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agnostic_cache_adapters.transformers.lm_eval import CachedHFLM
 
 ROOM = 1024
-END = "<eos>"
 
 
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
-    """A tokenizer of bytes, and a model of as many words."""
-    words = {word: i for i, word in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    plain = Tokenizer(models.BPE(vocab=words, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END, pad_token=END)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=ROOM,
-        initializer_range=0.3,  # far from ties
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return {"pretrained": LlamaForCausalLM(config).eval(), "tokenizer": tokenizer}
+    model, tokenizer = byte_model(ROOM)
+    return {"pretrained": model, "tokenizer": tokenizer}
 
 
 @pytest.fixture(scope="module")

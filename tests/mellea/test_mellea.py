@@ -8,46 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from byte_model import byte_model
 from mellea import MelleaSession
 from mellea.backends import ModelOption
 from mellea.backends.cache import Cache as TheirCache
 from mellea.backends.cache import SimpleLRUCache as TheirLRUCache
 from mellea.backends.huggingface import HFAloraCacheInfo, LocalHFBackend, _cleanup_kv_cache
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from agnostic_cache import Cache, SimpleLRUCache, StateCache
 from agnostic_cache_adapters.torch import on_evict
 
 NEW_TOKENS = 4
-END = "<eos>"
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Any, Any, torch.device]:
-    """A tokenizer of bytes, and a model of as many words."""
-    words = {word: i for i, word in enumerate([END, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    plain = Tokenizer(models.BPE(vocab=words, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=END, pad_token=END)
+    model, tokenizer = byte_model()
     tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return tokenizer, LlamaForCausalLM(config).eval(), torch.device("cpu")
+    return tokenizer, model, torch.device("cpu")
 
 
 class Noting:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_structures import SIZES
 from torch_subject import live_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -12,17 +13,7 @@ from agnostic_cache import StateCache
 
 LAYERS, TOKENS = 3, 12
 SIZE = LAYERS * 2 * 2 * TOKENS * 8 * 4  # bytes of one cache
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    pad_token_id=0,
-    eos_token_id=None,
-)
+CONFIG = LlamaConfig(**{**SIZES, "num_hidden_layers": LAYERS})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_structures import SIZES
 from torch_subject import TorchSubject, live_bytes
 from transformers import (
     DynamicCache,
@@ -36,19 +37,6 @@ from agnostic_cache.state.tree import Node, build
 from agnostic_cache.testing import AdapterSuite
 from agnostic_cache_adapters.transformers import TransformersAdapter, on_evict
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # far from ties, so that tokens say something
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
 WINDOW_TOKENS = 6
 PROMPT = 14
 
