@@ -28,7 +28,8 @@ from rich.table import Table
 import chat
 import loops
 import smollm2
-from agnostic_cache import KVState, StateCache, wrap
+from agnostic_cache import KVState, StateCache, open_storage, wrap
+from agnostic_cache.errors import AgnosticCacheError
 from agnostic_cache.eviction import PutStatus
 
 ROUNDS = 5
@@ -36,16 +37,29 @@ ROUNDS = 5
 Result = dict[str, Any]
 
 
-def main() -> int:
-    """Run the demo; return 0 where every token is equal and every byte came back."""
+def parse() -> argparse.Namespace:
+    """Read the command line; end the program where something in it cannot be done."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--plot", type=Path, help="draw the chat here; by default beside the figures, or in demo.png")
     parser.add_argument("--storage", help="URL of what the chat begins with, and of where it leaves its states")
     arguments = parser.parse_args()
-    plot: Path = arguments.plot or (arguments.json or Path("demo.json")).with_suffix(".png")
-    if plot.suffix[1:] not in chat.KINDS:
-        parser.error(f"--plot {plot}: no kind of image; end the name with .{' or .'.join(sorted(chat.KINDS))}")
+    arguments.plot = arguments.plot or (arguments.json or Path("demo.json")).with_suffix(".png")
+    if arguments.plot.suffix[1:] not in chat.KINDS:
+        parser.error(
+            f"--plot {arguments.plot}: no kind of image; end the name with .{' or .'.join(sorted(chat.KINDS))}"
+        )
+    if arguments.storage:
+        try:
+            open_storage(arguments.storage).close()  # now, and not when minutes have passed
+        except AgnosticCacheError as error:
+            parser.error(f"--storage: {error}")
+    return arguments
+
+
+def main() -> int:
+    """Run the demo; return 0 where every token is equal and every byte came back."""
+    arguments = parse()
     console = Console()
     loops.keep_compiled(smollm2.kept_copy() / "compiled")
     results: dict[str, Result] = {}
@@ -91,8 +105,8 @@ def main() -> int:
             )
     show(console, results, [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers["torch"]])
     show_chats(console, chats)
-    chat.draw(plot, chats)
-    console.print(f"The chat is drawn in {plot}", highlight=False)
+    chat.draw(arguments.plot, chats)
+    console.print(f"The chat is drawn in {arguments.plot}", highlight=False)
     for name, turns in chats.items() if arguments.storage else ():
         found, asked = (turns[0][f"{kind}_tokens"] for kind in ("hit", "prompt"))
         console.print(f"{name}: {found:,} of the first {asked:,} tokens came from the storage", highlight=False)
