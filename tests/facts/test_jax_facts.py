@@ -1,5 +1,6 @@
 """What the design takes for granted of JAX. A test that fails here says that JAX has changed, not that we are wrong."""
 
+import gc
 import subprocess
 import sys
 import weakref
@@ -162,6 +163,7 @@ def test_reading_a_sharded_array_whole_leaves_a_copy_that_delete_does_not_free()
     array.delete()
     assert copy() is not None
     del array
+    gc.collect()
     assert copy() is None
 
 
