@@ -25,8 +25,10 @@ Params = dict[str, Any]
 KV = list[dict[str, jax.Array]]
 
 CHUNK = 128  # tokens that one call computes; see prefill
-ROUND = 32  # what a shorter call is padded to a multiple of, for fewer shapes to compile
-LOOK = 512  # a whole chunk looks at a multiple of so many rows: rows that nobody has written yet take as long as others
+ROUND = 32  # a shorter call is padded to this, or to twice as many, and so on: for fewer shapes to compile
+LOOK = (
+    1024  # a whole chunk looks at a multiple of so many rows: rows that nobody has written yet take as long as others
+)
 
 
 def init_params(weights: Weights) -> Params:
@@ -92,7 +94,7 @@ def prefill(params: Params, tokens: Sequence[int] | ArrayLike, kv: KV, start: in
         raise ValueError(message)
     for begin in range(0, ids.size, CHUNK):
         piece = ids[begin : begin + CHUNK]
-        padded = -(-piece.size // ROUND) * ROUND if piece.size > 1 else 1
+        padded = max(ROUND, 1 << (piece.size - 1).bit_length()) if piece.size > 1 else 1
         if start + begin + padded > max_len:  # no room for it: compiles once more, for this very length
             padded = piece.size
         tokens = np.pad(piece, (0, padded - piece.size))
@@ -144,17 +146,30 @@ def _forward(
 
     hidden = params["embedding"][tokens][None]
     filled = []
-    # Unrolled: a lax.scan compiles six times faster, but on a CPU copies each layer's weights and rows on every
-    # step, which made a step five times slower.
+    # Unrolled: on a CPU a lax.scan copies each layer's weights and rows on every step, which made a step five times
+    # slower.
     for layer, rows in zip(params["layers"], kv, strict=True):
-        normed = _norm(hidden, layer["attention_norm"], params["norm_eps"])
-        attended, written = _attend(layer, normed, rows, start, rotation, visible)
-        hidden += attended
-        normed = _norm(hidden, layer["mlp_norm"], params["norm_eps"])
-        hidden += (jax.nn.silu(normed @ layer["gate"]) * (normed @ layer["up"])) @ layer["down"]
+        hidden, written = _layer(layer, hidden, rows, start, rotation, visible, params["norm_eps"])
         filled.append(written)
     last = _norm(hidden[0, count - 1], params["norm"], params["norm_eps"])
     return params["embedding"] @ last, filled
+
+
+@jax.jit  # traced once, not once per layer
+def _layer(
+    layer: Params,
+    hidden: jax.Array,
+    rows: dict[str, jax.Array],
+    start: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    visible: jax.Array,
+    norm_eps: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute one layer; return what the next one takes, and the rows with those of the new tokens."""
+    attended, written = _attend(layer, _norm(hidden, layer["attention_norm"], norm_eps), rows, start, rotation, visible)
+    hidden += attended
+    normed = _norm(hidden, layer["mlp_norm"], norm_eps)
+    return hidden + (jax.nn.silu(normed @ layer["gate"]) * (normed @ layer["up"])) @ layer["down"], written
 
 
 def _attend(

@@ -256,7 +256,7 @@ class JaxLoop(_BufferLoop):
         super().compile(document, question)
         for start in range(llama_jax.LOOK, self.max_len - CHUNK, llama_jax.LOOK):
             llama_jax.prefill(self.params, document[:CHUNK], self.template(), start)
-        for length in range(llama_jax.ROUND, CHUNK, llama_jax.ROUND):
+        for length in llama_jax.ROUND, 2 * llama_jax.ROUND:
             llama_jax.prefill(self.params, document[:length], self.template(), 0)
 
     def template(self) -> llama_jax.KV:

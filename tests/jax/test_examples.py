@@ -50,6 +50,7 @@ def test_rows_that_are_not_written_yet_are_not_looked_at(monkeypatch: pytest.Mon
     model = runpy.run_path(str(EXAMPLE))["model"]
     config = SimpleNamespace(layers=2, kv_heads=2, head_dim=8)
     params, prompt = tiny_params(config), [token * 7 % 64 for token in range(600)]
+    monkeypatch.setattr(model, "LOOK", 128)
     few, _ = model.prefill(params, prompt, model.init_kv(config, 700), 0)
     monkeypatch.setattr(model, "LOOK", 1000)
     every, _ = model.prefill(params, prompt, model.init_kv(config, 700), 0)
