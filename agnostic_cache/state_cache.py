@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from time import sleep
 from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.cache import Cache
@@ -152,7 +153,9 @@ class StateCache(Cache):
         _caches.add(self)
 
     def _start(self) -> None:
-        self._lock = threading.RLock()  # guards everything below; held for dict operations and counting only
+        # Guards everything below; held for dict operations and counting only. Where many threads come at once, it is
+        # taken by `_take_in_turn`, in a try that gives it back whatever interrupts.
+        self._lock = threading.RLock()
         # The garbage collector runs finalisers anywhere, also in a thread that holds the lock. What these ask of the
         # cache is put off where nobody waits for an answer (to give back, to remove, to clear), and denied otherwise.
         self._in_finaliser: Callable[[], bool] = getattr(self._lock, "_is_owned")  # noqa: B009 - as threading.Condition
@@ -326,7 +329,10 @@ class StateCache(Cache):
             _raise_all(self._drain())
         found: list[Entry] = []
         lease = Borrows(self, found)  # first: from now on nothing can come between a count and who takes it back
-        with self._lock:
+        lock = self._lock
+        try:
+            if not lock.acquire(blocking=False):
+                _take_in_turn(lock)
             for key in keys:
                 entry = self._entries.get(key)
                 if entry is None or (self._has_expired and self._has_expired(key)):
@@ -337,6 +343,8 @@ class StateCache(Cache):
             for entry in reversed(found if use else ()):
                 self._evictor.update_on_get(entry.key, self._entries)
             self._hits += len(found)
+        finally:
+            lock.release()
         return lease
 
     def pop(self, key: Key) -> Any | None:
@@ -455,7 +463,10 @@ class StateCache(Cache):
             return None
         if self._put_off:
             _raise_all(self._drain())
-        with self._lock:
+        lock = self._lock
+        try:
+            if not lock.acquire(blocking=False):
+                _take_in_turn(lock)
             entry = self._entries.get(key)
             if entry is not None and not (self._has_expired and self._has_expired(key)):
                 self._evictor.update_on_get(key, self._entries)
@@ -463,6 +474,8 @@ class StateCache(Cache):
                 self._hits += 1
                 return entry
             self._misses += 1
+        finally:
+            lock.release()
         if entry is not None:
             self._expire(entry)
         return None
@@ -471,12 +484,17 @@ class StateCache(Cache):
         if self._in_finaliser():
             self._put_off.append((StateCache._give_back, entry))
             return
-        with self._lock:
+        lock = self._lock
+        try:
+            if not lock.acquire(blocking=False):
+                _take_in_turn(lock)
             entry.borrows -= 1
             if entry.listed or entry.borrows or entry not in self._unlisted:
                 return
             self._unlisted.discard(entry)
             self._count_leaving(entry)
+        finally:
+            lock.release()
         errors: _Errors = []
         self._free([entry], errors)
         _raise_all(errors)
@@ -487,7 +505,10 @@ class StateCache(Cache):
                 self._abandon(entry)
             return
         left = []
-        with self._lock:
+        lock = self._lock
+        try:
+            if not lock.acquire(blocking=False):
+                _take_in_turn(lock)
             for entry in entries:
                 entry.borrows -= 1
                 if not (entry.listed or entry.borrows) and entry in self._unlisted:
@@ -495,6 +516,8 @@ class StateCache(Cache):
             for entry in left:
                 self._unlisted.discard(entry)
                 self._count_leaving(entry)
+        finally:
+            lock.release()
         errors: _Errors = []
         self._free(left, errors)
         _raise_all(errors)
@@ -632,6 +655,22 @@ class StateCache(Cache):
 
 
 _PLAIN_KEYS = (str, int, bytes)
+
+
+def _take_in_turn(lock: "threading.RLock") -> None:
+    """Take a lock that another thread holds, without standing in line for it.
+
+    Who stands in line is given the lock while somebody else has the interpreter, so that soon all stand in line, and
+    eight threads that borrow take four times as long as one. Letting the others run and looking again costs nothing.
+
+    Interrupted, it takes the lock before it says so: the caller's ``finally`` gives it back.
+    """
+    try:
+        while not lock.acquire(blocking=False):
+            sleep(0)
+    except BaseException:
+        lock.acquire()
+        raise
 
 
 def _check_key(key: object) -> None:

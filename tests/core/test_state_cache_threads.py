@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from host_memory import HostMemory, Interrupted, Waiting, check, fills, keys
 
-from agnostic_cache import KVState, StateCache
+from agnostic_cache import KVState, StateCache, state_cache
 from agnostic_cache.errors import BorrowedError, CacheCopyError
 from agnostic_cache.eviction import PutStatus
 
@@ -260,6 +260,43 @@ def in_time(do: Callable[[], object]) -> None:
     thread.start()
     thread.join(HANG_SECONDS)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("call", ["borrow", "give back", "borrow_all", "give back all"])
+def test_who_is_interrupted_while_another_has_the_lock_leaves_it_free(
+    memory: HostMemory, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    cache = memory.cache("ab")
+    lease, leases = cache.borrow("a", raw=True), cache.borrow_all(["a"])
+    if call == "give back":
+        lease.__enter__()
+    calls: dict[str, Callable[[], object]] = {
+        "borrow": lambda: cache.borrow("b", raw=True).__enter__(),
+        "give back": lambda: lease.__exit__(None, None, None),
+        "borrow_all": lambda: cache.borrow_all(["b"]),
+        "give back all": leases.close,
+    }
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with cache._lock:  # noqa: SLF001
+            held.set()
+            done.wait(HANG_SECONDS)
+
+    def interrupt(_: float) -> None:
+        done.set()
+        raise KeyboardInterrupt
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    monkeypatch.setattr(state_cache, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calls[call]()
+    holder.join()
+    monkeypatch.undo()
+    in_time(lambda: cache.put("c", memory.state(64)))
+    assert cache.contains("c")
 
 
 def test_a_finaliser_may_call_in_the_middle_of_a_call() -> None:
