@@ -142,7 +142,7 @@ class BlockStore:
             block = index.child(parent, tokens)
             if block is None:
                 other = index.get(next_key(parent, tokens))
-                if other is not None:
+                if other is not None and other.tokens != tokens:  # equal ones have come in since
                     with self._lock:
                         self.mismatches += 1
                     self.remove(other)

@@ -21,6 +21,7 @@ from agnostic_cache.errors import (
     ReleasedError,
     UnsupportedArrayError,
 )
+from agnostic_cache.prefix.index import Index
 
 BLOCK = 8
 KINDS = list(LAYOUTS)
@@ -174,6 +175,22 @@ def test_other_tokens_under_the_right_key_are_a_miss_and_go() -> None:
     assert hit(cache, DOCUMENT) == 8
     assert cache.stats().mismatches == 1
     cache.insert(DOCUMENT, state_of(DOCUMENT))
+    assert hit(cache, DOCUMENT) == 29
+
+
+def test_a_block_that_comes_in_while_it_is_looked_for_is_no_mismatch() -> None:
+    class Behind(Index):
+        __slots__ = ()
+
+        def child(self, parent: bytes, tokens: bytes) -> None:  # noqa: ARG002
+            return None
+
+    cache = make()
+    cache.insert(DOCUMENT, state_of(DOCUMENT))
+    cache._blocks._index.__class__ = Behind  # noqa: SLF001
+    hit(cache, DOCUMENT)
+    cache._blocks._index.__class__ = Index  # noqa: SLF001
+    assert cache.stats().mismatches == 0
     assert hit(cache, DOCUMENT) == 29
 
 
