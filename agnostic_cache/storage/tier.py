@@ -200,21 +200,21 @@ class Tier:
         keys = dict.fromkeys([*self.storage.list_keys(), *unwritten])
         return [key for key in keys if key not in unwritten or unwritten[key] is not None]
 
-    def settle(self, key: str) -> None:
+    def settle(self, key: str, is_nested: Callable[[], bool]) -> None:
         """Wait until nothing waits to be done under a key.
 
-        Raises:
-            StorageBusyError: A finaliser asks for it on the thread that is to do it.
-        """
-        if threading.current_thread() is self._thread:
-            msg = "a finaliser called a storage from the thread that writes to it; have it leave that to another"
-            raise StorageBusyError(msg)
-        with self._changed:
-            self._changed.wait_for(lambda: key not in self._unwritten and key not in self._coming)
+        Args:
+            key: The key.
+            is_nested: Says whether this thread is in the middle of another call, and may hold what is waited for.
 
-    def remove(self, key: str) -> bool:
-        """Remove a blob, behind what is being written under its key."""
-        self.settle(key)
+        Raises:
+            StorageBusyError: A finaliser asks for it, on a thread that it has interrupted at a bad time.
+        """
+        self._wait(lambda: key not in self._unwritten and key not in self._coming, is_nested)
+
+    def remove(self, key: str, is_nested: Callable[[], bool]) -> bool:
+        """Remove a blob, behind what is being written under its key; see `settle`."""
+        self.settle(key, is_nested)
         return self.storage.remove(key)
 
     # --- the queue ----------------------------------------------------------------------------------------------------
@@ -253,10 +253,16 @@ class Tier:
                     self._running = False
                     self._changed.notify_all()
 
-    def flush(self) -> None:
-        """Wait until nothing waits."""
+    def flush(self, is_nested: Callable[[], bool]) -> None:
+        """Wait until nothing waits; see `settle`."""
+        self._wait(lambda: self.is_idle, is_nested)
+
+    def _wait(self, until: Callable[[], bool], is_nested: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self.is_idle)
+            if not until() and (threading.current_thread() is self._thread or is_nested()):
+                msg = "a finaliser called a storage that it had interrupted; have it leave the call to another thread"
+                raise StorageBusyError(msg)
+            self._changed.wait_for(until)
 
     def stop(self) -> None:
         """End the thread, once it has done what it was told."""

@@ -9,11 +9,13 @@ what the caller would take longer to compute.
 """
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from agnostic_cache.errors import StorageError
+from agnostic_cache.errors import StorageBusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.storage.backend import (
@@ -25,6 +27,11 @@ from agnostic_cache.storage.backend import (
 )
 from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.tier import Tier, TierStats
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_OURS = frozenset({__name__, Tier.__module__})
 
 
 class TieredStorage(StorageBackend):
@@ -146,7 +153,7 @@ class TieredStorage(StorageBackend):
         with self._lock:
             self._coming.pop(key, None)
         for number in self._through:
-            self._tiers[number].settle(key)
+            self._tiers[number].settle(key, self._is_nested)
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
@@ -227,7 +234,7 @@ class TieredStorage(StorageBackend):
         check_key(key)
         self._check_open()
         self._overtake(key)
-        return sum(tier.remove(key) for tier in self._tiers) > 0
+        return sum(tier.remove(key, self._is_nested) for tier in self._tiers) > 0
 
     def list_keys(self) -> list[str]:
         """See `StorageBackend.list_keys`. The keys of all tiers, each once."""
@@ -239,13 +246,21 @@ class TieredStorage(StorageBackend):
     def flush(self) -> None:
         """Wait until everything that was put is in every tier, but for what `tier_stats` counts as skipped."""
         for tier in reversed(self._tiers):  # what comes up from a tier waits for those above
-            tier.flush()
+            tier.flush(self._is_nested)
 
     def close(self) -> None:
-        """Flush, and close every tier. Idempotent."""
+        """Flush, and close every tier. Idempotent.
+
+        Raises:
+            StorageBusyError: A finaliser closes a storage that it has interrupted; it stays open.
+        """
         if not self._closed:
             self._closed = True
-            self.flush()
+            try:
+                self.flush()
+            except StorageBusyError:
+                self._closed = False
+                raise
             for tier in self._tiers:
                 tier.stop()
                 tier.storage.close()
@@ -259,6 +274,20 @@ class TieredStorage(StorageBackend):
     def tier_stats(self) -> list[TierStats]:
         """Return what each tier holds and did, the first one first."""
         return [tier.stats() for tier in self._tiers]
+
+    def _is_nested(self) -> bool:
+        """Whether a finaliser asks for something in the middle of another call of this storage on its thread.
+
+        Who writes in the background may be waiting for a lock that the interrupted call holds.
+        """
+        frame: FrameType | None = sys._getframe(1)  # only where somebody is to wait
+        while frame is not None and frame.f_globals["__name__"] in _OURS:  # the call that asks
+            frame = frame.f_back
+        while frame is not None:
+            if frame.f_globals["__name__"] == __name__ and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _check_open(self) -> None:
         if self._closed:

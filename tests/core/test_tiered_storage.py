@@ -180,6 +180,29 @@ def test_a_finaliser_on_the_thread_that_writes_does_not_wait_for_it() -> None:
     storage.close()
 
 
+def test_a_finaliser_in_the_middle_of_a_call_does_not_wait_for_who_writes() -> None:
+    class Interrupted(Gated):
+        def get(self, key: str) -> memoryview | None:
+            for call in (lambda: storage.remove("a"), storage.flush, storage.close):
+                with pytest.raises(StorageBusyError):
+                    call()
+            interrupted.append(key)
+            return super().get(key)
+
+    interrupted: list[str] = []
+    slow = Interrupted()
+    slow.gate.clear()
+    storage = TieredStorage([MemoryStorage("1GiB"), slow])
+    storage.put("a", b"1")  # waits to be written
+    reading = threading.Thread(target=storage.get, args=("b",), daemon=True)
+    reading.start()
+    reading.join(20)
+    slow.gate.set()
+    assert interrupted == ["b"]
+    assert storage.remove("a")  # nobody is interrupted
+    storage.close()
+
+
 def test_legal_means_that_a_tier_has_it_or_that_it_waits_for_one() -> None:
     first, second = MemoryStorage("64KiB"), Gated()
     with TieredStorage([first, second], max_pending_bytes=1000) as storage:
