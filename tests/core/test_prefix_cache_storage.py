@@ -27,6 +27,8 @@ DOCUMENT = list(range(100, 130))  # three blocks and six tokens
 
 
 def make(storage: Any, kind: str = "tokens", max_bytes: int | str = "1MiB", **settings: Any) -> PrefixCache:
+    """Make a cache whose clock stands still: nobody is seen to compute, so that all that is there is worth loading."""
+    settings.setdefault("clock", lambda: 1.0)
     return PrefixCache(max_bytes, namespace="toy", block_size=BLOCK, layout=LAYOUTS[kind], storage=storage, **settings)
 
 
@@ -270,10 +272,10 @@ def test_only_what_is_faster_than_computing_is_loaded() -> None:
 def test_a_state_that_was_there_already_says_nothing_of_computing(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/kv"
     prompts = [[i, *DOCUMENT] for i in range(20)]
-    with make(url, clock=lambda: 1.0) as cache:  # nobody computes
+    with make(url) as cache:
         for prompt in prompts:
             insert(cache, prompt)
-    with make(url, clock=lambda: 1.0) as cache:  # nobody computes
+    with make(url) as cache:
         for prompt in prompts:
             assert hit(cache, [1000 + prompt[0], *prompt]) == 0
             insert(cache, [1000 + prompt[0], *prompt])  # at once: slower to load than that, but nothing was computed
