@@ -140,7 +140,7 @@ def types(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The core on every Python: no framework, no numpy."""
     install(session, *group("test"))
-    test(session, "core")
+    test(session, *CORE)
 
 
 @nox.session(tags=["tests", "frameworks"])

@@ -7,11 +7,11 @@ TYPE_CHECKING = False  # as type checkers know it; typing's own takes a third of
 if TYPE_CHECKING:
     from agnostic_cache.cache import Cache, SimpleLRUCache
     from agnostic_cache.fingerprint import model_fingerprint
+    from agnostic_cache.held.state_cache import StateCache
     from agnostic_cache.prefix.prefix_cache import PrefixCache
     from agnostic_cache.state.kv_state import KVState
     from agnostic_cache.state.layout import KVLayout
     from agnostic_cache.state.wrapping import wrap
-    from agnostic_cache.state_cache import StateCache
     from agnostic_cache.storage.registry import open_storage
 
 __all__ = [
@@ -32,7 +32,7 @@ _HOMES = {
     "KVState": "state.kv_state",
     "PrefixCache": "prefix.prefix_cache",
     "SimpleLRUCache": "cache",
-    "StateCache": "state_cache",
+    "StateCache": "held.state_cache",
     "model_fingerprint": "fingerprint",
     "open_storage": "storage.registry",
     "wrap": "state.wrapping",

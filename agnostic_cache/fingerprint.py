@@ -2,7 +2,7 @@
 
 from hashlib import blake2b
 
-from agnostic_cache.state.registry import loaded_adapters
+from agnostic_cache.arrays.registry import loaded_adapters
 from agnostic_cache.state.tree import flatten
 
 PREFIX = "weights-"

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+from host_memory import HostMemory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -13,3 +14,8 @@ def few_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def memory() -> HostMemory:
+    return HostMemory()

@@ -18,12 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
+from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Storage
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import ALIGNMENT, HostArray
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.roles import SNAPSHOT
 from agnostic_cache.errors import StructureMismatchError, UnsupportedArrayError, UnsupportedDtypeError
-from agnostic_cache.state.adapter import Adapter, ArraySpec, Fill, Storage
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import ALIGNMENT, HostArray
-from agnostic_cache.state.leaf import Leaf
-from agnostic_cache.state.roles import SNAPSHOT
 from agnostic_cache.state.tree import flatten, strip
 from agnostic_cache_adapters.torch_cuda import mark_read, pinned_copy
 
@@ -343,7 +343,7 @@ def on_evict(value: object) -> int:
     Returns:
         The bytes that were seen to be freed.
     """
-    from agnostic_cache.state.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
+    from agnostic_cache.arrays.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
 
     best = adapter_named("torch")
     return best.release(strip(value, best))

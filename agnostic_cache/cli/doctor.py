@@ -11,11 +11,11 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.registry import GROUP as ADAPTERS
+from agnostic_cache.arrays.registry import adapter_named
 from agnostic_cache.errors import AgnosticCacheError
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
-from agnostic_cache.state.registry import GROUP as ADAPTERS
-from agnostic_cache.state.registry import adapter_named
 from agnostic_cache.storage.registry import GROUP as STORAGES
 
 # What each extra of a storage is for, and the module that it brings.

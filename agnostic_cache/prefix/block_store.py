@@ -8,16 +8,16 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from agnostic_cache.arrays.roles import SNAPSHOT
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
-from agnostic_cache.lease import Borrows
+from agnostic_cache.held.lease import Borrows
+from agnostic_cache.held.state_cache import StateCache
 from agnostic_cache.prefix.chain import TOKEN_BYTES, cut, next_key
 from agnostic_cache.prefix.index import Block, Index, has_snapshots, total_length, windows_complete, windows_of
 from agnostic_cache.prefix.match import Loaded, Match
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import SNAPSHOT
-from agnostic_cache.state_cache import StateCache
 
 if TYPE_CHECKING:
     from agnostic_cache.prefix.stored_blocks import StoredBlocks

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NoReturn
 
+from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import InvalidNamespaceError, InvalidTokensError, UnknownValueError
-from agnostic_cache.state.registry import adapter_for
 
 FORMAT = b"agnostic-cache/1"
 KEY_BYTES = 32

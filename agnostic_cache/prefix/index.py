@@ -4,9 +4,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
+from agnostic_cache.arrays.roles import SNAPSHOT, WINDOW
 from agnostic_cache.prefix.chain import TOKEN_BYTES
 from agnostic_cache.state.kv_state import KVState
-from agnostic_cache.state.roles import SNAPSHOT, WINDOW
 
 Windows = tuple[tuple[int, int], ...]
 """Width of each kind of window in a state, and how many rows of it end where a block ends, in tokens."""

@@ -3,14 +3,14 @@
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import ReleasedError
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.state.template import fill_template
 
 if TYPE_CHECKING:
-    from agnostic_cache.lease import Borrows
+    from agnostic_cache.held.lease import Borrows
     from agnostic_cache.prefix.single_flight import Claim
 
 

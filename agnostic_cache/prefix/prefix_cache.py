@@ -21,6 +21,7 @@ from agnostic_cache.errors import (
     LengthMismatchError,
 )
 from agnostic_cache.eviction.evictor import BaseEvictor
+from agnostic_cache.held.state_cache import StateCache
 from agnostic_cache.prefix.block_store import BlockStore
 from agnostic_cache.prefix.chain import TOKEN_BYTES, encode, next_key, root_key
 from agnostic_cache.prefix.match import Match
@@ -29,7 +30,6 @@ from agnostic_cache.prefix.weights import Weights
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.wrapping import wrap
-from agnostic_cache.state_cache import StateCache
 from agnostic_cache.trace import Trace
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class PrefixCache:
     """A bounded cache of prompts' states that finds the longest prefix which is already computed.
 
     >>> from agnostic_cache import KVLayout
-    >>> from agnostic_cache.state.dtypes import Dtype
-    >>> from agnostic_cache.state.host import HostArray
+    >>> from agnostic_cache.arrays.dtypes import Dtype
+    >>> from agnostic_cache.arrays.host import HostArray
     >>> from agnostic_cache.state.layout import TOKENS
     >>> layout = KVLayout({"*": TOKENS(1)})
     >>> cache = PrefixCache("1MiB", namespace="my-model", block_size=4, layout=layout)

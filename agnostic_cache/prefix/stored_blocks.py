@@ -11,14 +11,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from agnostic_cache.blob.safetensors import Parts
+from agnostic_cache.blob.state_blob import Blob, encode
 from agnostic_cache.errors import BlobError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.prefix.chain import TOKEN_BYTES, cut
 from agnostic_cache.prefix.index import Block, has_snapshots, windows_of
-from agnostic_cache.state.blob import Blob, encode
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.safetensors import Parts
 from agnostic_cache.storage.backend import StorageBackend
 from agnostic_cache.storage.guard import GuardedStorage
 from agnostic_cache.storage.memory import MemoryStorage

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.errors import StorageError, WireError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.wire import (
     ClientCommand,
     ClientMetaMessage,

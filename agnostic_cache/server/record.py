@@ -8,8 +8,8 @@ So an entry is sent from where it lies, and its body, 64 bytes from the start, i
 from functools import lru_cache
 from typing import Final
 
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.errors import WireError
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.wire import ClientMetaMessage, MemoryFormat, ServerMetaMessage, ServerReturnCode
 
 _MARK: Final = b"agnostic-cache lm record 1\n"

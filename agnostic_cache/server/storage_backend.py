@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import anonymous_mapping
 from agnostic_cache.errors import StorageURLError, WireError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.server.record import BODY, body_of, is_whole, meta_of, prepare, response_of
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import anonymous_mapping
 from agnostic_cache.storage.backend import Reservation, StorageBackend, StorageStats, SupportsReserve
 from agnostic_cache.storage.guard import GuardedStorage
 from agnostic_cache.storage.memory import MemoryStorage

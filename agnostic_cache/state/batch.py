@@ -7,12 +7,12 @@ What is kept of each row begins at its first true token.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from agnostic_cache.arrays.adapter import Adapter, Array
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW
 from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, StructureMismatchError
-from agnostic_cache.state.adapter import Adapter, Array
 from agnostic_cache.state.cutting import check_alike, counted
-from agnostic_cache.state.host import HostArray
-from agnostic_cache.state.leaf import Leaf
-from agnostic_cache.state.roles import LENGTH, TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from agnostic_cache.state.kv_state import KVState

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from agnostic_cache.arrays.adapter import Adapter, Array
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.errors import CutRangeError, MixedFrameworksError, StructureMismatchError
-from agnostic_cache.state.adapter import Adapter, Array
-from agnostic_cache.state.leaf import Leaf
-from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW
 
 if TYPE_CHECKING:
     from agnostic_cache.state.kv_state import KVState

@@ -15,14 +15,14 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from agnostic_cache.arrays.adapter import Adapter, Array, ArraySpec, Storage, SupportsDLPack
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.registry import adapter_named
+from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW
 from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, ReleasedError
-from agnostic_cache.state.adapter import Adapter, Array, ArraySpec, Storage, SupportsDLPack
 from agnostic_cache.state.batch import check_row_lengths, split_leaves, stack_leaves
 from agnostic_cache.state.cutting import check_joinable, cut_leaves, join_leaves
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.leaf import Leaf
-from agnostic_cache.state.registry import adapter_named
-from agnostic_cache.state.roles import LENGTH, TOKENS, WINDOW
 from agnostic_cache.state.template import fill_template
 from agnostic_cache.state.tree import Node, build
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from agnostic_cache.arrays import registry
+from agnostic_cache.arrays.roles import LENGTH, LENGTH_NAMES, SNAPSHOT, TOKENS, WINDOW, Hint, Role, axis_names
 from agnostic_cache.errors import LayoutUnknownError, StructureMismatchError
-from agnostic_cache.state import registry
-from agnostic_cache.state.roles import LENGTH, LENGTH_NAMES, SNAPSHOT, TOKENS, WINDOW, Hint, Role, axis_names
 
 __all__ = ["LENGTH", "LENGTH_NAMES", "SNAPSHOT", "TOKENS", "WINDOW", "Hint", "KVLayout", "Role", "axis_names"]
 

@@ -6,9 +6,9 @@ The layers of a model ask the same questions one after another, so the answers a
 import functools
 from typing import NamedTuple
 
+from agnostic_cache.arrays.adapter import ArraySpec
+from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW, Hint, Role
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.adapter import ArraySpec
-from agnostic_cache.state.roles import SNAPSHOT, TOKENS, WINDOW, Hint, Role
 
 
 class Held(NamedTuple):

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agnostic_cache.arrays.adapter import Adapter, Array, Fill
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.registry import adapter_for
+from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint, Role
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.adapter import Adapter, Array, Fill
-from agnostic_cache.state.leaf import Leaf
 from agnostic_cache.state.placing import Held, extent_of, find_moves, find_spans
-from agnostic_cache.state.registry import adapter_for
-from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint, Role
 from agnostic_cache.state.tree import Flat, Node, build, flatten
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from agnostic_cache.arrays.adapter import Adapter, Array, Opened
+from agnostic_cache.arrays.records import field_names
+from agnostic_cache.arrays.registry import adapter_for
+from agnostic_cache.arrays.roles import LENGTH_NAMES, Hint
 from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError, UnknownValueError
-from agnostic_cache.state.adapter import Adapter, Array, Opened
-from agnostic_cache.state.records import field_names
-from agnostic_cache.state.registry import adapter_for
-from agnostic_cache.state.roles import LENGTH_NAMES, Hint
 
 
 class Node(NamedTuple):

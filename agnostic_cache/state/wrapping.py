@@ -4,13 +4,13 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from agnostic_cache.arrays.adapter import Adapter
+from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.registry import adapter_named
+from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW, Hint, axis_names
 from agnostic_cache.errors import LengthMismatchError, StructureMismatchError, UnknownValueError
-from agnostic_cache.state.adapter import Adapter
 from agnostic_cache.state.kv_state import KVState, Ownership, check_room, read_length
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.leaf import Leaf
-from agnostic_cache.state.registry import adapter_named
-from agnostic_cache.state.roles import SNAPSHOT, TOKENS, WINDOW, Hint, axis_names
 from agnostic_cache.state.tree import Flat, Node, flatten
 
 

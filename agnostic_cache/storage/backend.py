@@ -6,19 +6,16 @@ wraps it so that nobody who decodes sees that.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, NoReturn, ParamSpec, Protocol, Self, TypeVar, runtime_checkable
 
+from agnostic_cache.blob.pieces import Blob, copy_into
 from agnostic_cache.errors import CacheCopyError, InvalidKeyError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.state.safetensors import Parts
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-Blob = bytes | bytearray | memoryview | Parts
-"""What is put: bytes in one piece, or the parts of a file that is not joined yet, as `state.blob.encode` gives them."""
 
 
 class StorageStats(NamedTuple):
@@ -305,20 +302,3 @@ def hand_over(blob: memoryview | None, buffer: memoryview) -> int | None:
         msg = f"a buffer of {buffer.nbytes} bytes, read-only: {buffer.readonly}, for a blob of {blob.nbytes}"
         raise ValueError(msg)
     return copy_into(buffer, (blob,))
-
-
-def pieces_of(blob: Blob) -> tuple[int, Iterable[memoryview]]:
-    """Return the size of a blob and its bytes in order; each piece is valid until the next is asked for."""
-    if isinstance(blob, Parts):
-        return blob.nbytes, blob
-    whole = memoryview(blob).cast("B")
-    return whole.nbytes, (whole,)
-
-
-def copy_into(buffer: memoryview, pieces: Iterable[memoryview]) -> int:
-    """Write pieces to `buffer`, one behind the other, and return how many bytes that was."""
-    at, buffer = 0, buffer.cast("B")
-    for piece in pieces:
-        buffer[at : at + piece.nbytes] = piece
-        at += piece.nbytes
-    return at

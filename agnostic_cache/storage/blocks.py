@@ -8,10 +8,10 @@ resized or closed then. So memory is never written under a reader (measured with
 import mmap
 from collections.abc import Iterable
 
+from agnostic_cache.arrays.host import anonymous_mapping
 from agnostic_cache.errors import StorageFullError
-from agnostic_cache.state.host import anonymous_mapping
-from agnostic_cache.storage.forks import watch
-from agnostic_cache.storage.lock import Lock
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 
 
 def is_read(block: mmap.mmap) -> bool:

@@ -7,8 +7,8 @@ keys and values of SmolLM2: ratio 1.47, against 1.28 for zstd alone. Needs the e
 import struct
 import sys
 
+from agnostic_cache.blob.pieces import Blob, pieces_of
 from agnostic_cache.errors import BlobError
-from agnostic_cache.storage.backend import Blob, pieces_of
 
 if sys.version_info >= (3, 14):
     from compression import zstd

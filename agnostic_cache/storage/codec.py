@@ -4,8 +4,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Final
 
+from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageURLError
-from agnostic_cache.storage.backend import Blob
 
 CODECS: Final = ("byteplanes+zstd",)
 """Names of the codecs, each behind the extra ``zstd``."""

@@ -16,8 +16,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from agnostic_cache.errors import StorageError, StorageFullError
-from agnostic_cache.storage.forks import watch
-from agnostic_cache.storage.lock import Lock
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 
 _NAME = re.compile(r"[0-9a-f]{40}\.kv")
 _ASIDE, _DAMAGED, _TOTAL = ".new", ".damaged", ".total"

@@ -2,12 +2,12 @@
 
 import os
 
+from agnostic_cache.blob.checksum import DIGEST_BYTES, checksum
+from agnostic_cache.blob.entry import facts, unseal
+from agnostic_cache.blob.safetensors import CHUNK, Parts, check_digest, header_nbytes, parse_header
 from agnostic_cache.errors import BlobError
-from agnostic_cache.state.checksum import DIGEST_BYTES, checksum
-from agnostic_cache.state.safetensors import CHUNK, Parts, check_digest, header_nbytes, parse_header
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.codec import decode
-from agnostic_cache.storage.entry import facts, unseal
 
 _HEAD = 4096  # bytes that hold the header of an entry, unless its key is very long
 _IDLE = 64 * 1024 * 1024  # bytes of blocks that are kept for the next reads

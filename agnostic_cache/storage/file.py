@@ -14,25 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from agnostic_cache.blob.entry import seal
+from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
 from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
 from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
-from agnostic_cache.storage.backend import (
-    Blob,
-    EntryFacts,
-    StorageBackend,
-    StorageStats,
-    check_key,
-    hand_over,
-)
+from agnostic_cache.storage.backend import EntryFacts, StorageBackend, StorageStats, check_key, hand_over
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.codec import encode
 from agnostic_cache.storage.directory import Directory, Total, name_of
-from agnostic_cache.storage.entry import seal
 from agnostic_cache.storage.entry_file import read_entry, read_key, write_entry
-from agnostic_cache.storage.forks import watch
-from agnostic_cache.storage.lock import Lock
 from agnostic_cache.storage.url import StorageURL
 
 _logger = logging.getLogger("agnostic_cache.storage")

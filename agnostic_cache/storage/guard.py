@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import StorageBusyError, StorageError, StorageFullError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.process.forks import watch
 from agnostic_cache.storage.backend import (
-    Blob,
     StorageBackend,
     StorageStats,
     SupportsGetInto,
@@ -23,7 +24,6 @@ from agnostic_cache.storage.backend import (
     hand_over,
     put_many,
 )
-from agnostic_cache.storage.forks import watch
 
 _logger = logging.getLogger("agnostic_cache.storage")
 _FAILURES = 3

@@ -17,13 +17,14 @@ from hashlib import blake2b
 from typing import Final, Self, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.blob.entry import facts, seal, unseal
+from agnostic_cache.blob.pieces import Blob
+from agnostic_cache.blob.safetensors import parse_header
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.safetensors import parse_header
-from agnostic_cache.storage.backend import Blob, StorageBackend, StorageStats, check_key
+from agnostic_cache.storage.backend import StorageBackend, StorageStats, check_key
 from agnostic_cache.storage.blocks import BlockPool
-from agnostic_cache.storage.entry import facts, seal, unseal
 from agnostic_cache.storage.lm_connection import Address, LMConnection, LMPool
 from agnostic_cache.storage.url import StorageURL
 from agnostic_cache.wire import (

@@ -7,22 +7,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection
 from typing import Final, NamedTuple, Self
 
+from agnostic_cache.blob.pieces import Blob, copy_into, pieces_of
 from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
 from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
-from agnostic_cache.storage.backend import (
-    Blob,
-    StorageBackend,
-    StorageStats,
-    check_key,
-    copy_into,
-    hand_over,
-    pieces_of,
-)
+from agnostic_cache.storage.backend import StorageBackend, StorageStats, check_key, hand_over
 from agnostic_cache.storage.blocks import BlockPool, is_read
-from agnostic_cache.storage.forks import watch
-from agnostic_cache.storage.lock import Lock
 from agnostic_cache.storage.url import StorageURL
 
 RESERVED_BEYOND: Final = 16 * 1024 * 1024

@@ -20,21 +20,14 @@ from typing import Any, NamedTuple, Self
 
 from redis.exceptions import OutOfMemoryError
 
+from agnostic_cache.blob.entry import seal, unseal
+from agnostic_cache.blob.pieces import Blob, copy_into
+from agnostic_cache.blob.safetensors import Parts
 from agnostic_cache.errors import BlobError, StorageError, StorageFullError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.state.safetensors import Parts
-from agnostic_cache.storage.backend import (
-    Blob,
-    EntryFacts,
-    StorageBackend,
-    StorageStats,
-    check_key,
-    copy_into,
-    hand_over,
-)
+from agnostic_cache.process.forks import watch
+from agnostic_cache.storage.backend import EntryFacts, StorageBackend, StorageStats, check_key, hand_over
 from agnostic_cache.storage.blocks import BlockPool
-from agnostic_cache.storage.entry import seal, unseal
-from agnostic_cache.storage.forks import watch
 from agnostic_cache.storage.redis_client import FAILURES, make_client, without_password
 from agnostic_cache.storage.url import StorageURL
 

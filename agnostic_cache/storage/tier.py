@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from agnostic_cache.errors import StorageBusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.process.forks import watch
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, contains_many, get_many
-from agnostic_cache.storage.forks import watch
 
 _logger = logging.getLogger("agnostic_cache.storage")
 _WEIGHT = 0.25  # of the newest measurement

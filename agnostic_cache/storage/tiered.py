@@ -15,17 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from agnostic_cache.blob.pieces import Blob, pieces_of
 from agnostic_cache.errors import StorageBusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.process.forks import watch
 from agnostic_cache.sizes import parse_size
-from agnostic_cache.storage.backend import (
-    Blob,
-    StorageBackend,
-    StorageStats,
-    check_key,
-    pieces_of,
-)
-from agnostic_cache.storage.forks import watch
+from agnostic_cache.storage.backend import StorageBackend, StorageStats, check_key
 from agnostic_cache.storage.tier import Tier, TierStats
 
 if TYPE_CHECKING:

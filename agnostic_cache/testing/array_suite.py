@@ -2,10 +2,10 @@
 
 import pytest
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
-from agnostic_cache.state.registry import adapter_for
 from agnostic_cache.testing.grid import concat, pattern
 from agnostic_cache.testing.subject import Subject
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from agnostic_cache.arrays.adapter import Adapter, Array
 from agnostic_cache.errors import BorrowedError, BorrowViolationError
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.state.adapter import Adapter, Array
+from agnostic_cache.held.state_cache import StateCache
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.wrapping import wrap
-from agnostic_cache.state_cache import StateCache
 from agnostic_cache.testing.grid import Grid
 from agnostic_cache.testing.subject import KV, Subject
 

@@ -9,6 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
+from agnostic_cache.arrays.adapter import Array
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.roles import LENGTH, TOKENS
 from agnostic_cache.errors import (
     CutRangeError,
     LengthMismatchError,
@@ -17,11 +21,7 @@ from agnostic_cache.errors import (
     StructureMismatchError,
     UnknownValueError,
 )
-from agnostic_cache.state.adapter import Array
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import LENGTH, TOKENS
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.testing.subject import KV, Subject
 

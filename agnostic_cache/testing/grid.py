@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.arrays.dtypes import Dtype
 
 
 def pattern(shape: Sequence[int], dtype: Dtype, seed: int) -> bytes:

@@ -2,11 +2,11 @@
 
 import pytest
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.roles import TOKENS
 from agnostic_cache.errors import MixedFrameworksError, ReleasedError
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import TOKENS
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.testing.subject import KV, Subject
 

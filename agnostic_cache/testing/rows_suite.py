@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW
 from agnostic_cache.errors import CutRangeError, MissingLeavesError, StructureMismatchError
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import LENGTH, TOKENS, WINDOW
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.testing.subject import KV, Subject
 

@@ -24,9 +24,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from agnostic_cache.blob.safetensors import Part, Parts
 from agnostic_cache.errors import CacheCopyError, InvalidKeyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.state.safetensors import Part, Parts
 from agnostic_cache.storage.backend import (
     StorageBackend,
     SupportsAsync,

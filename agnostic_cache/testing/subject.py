@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from agnostic_cache.state.adapter import Adapter, Array
-from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.arrays.adapter import Adapter, Array
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.registry import adapter_named
+from agnostic_cache.arrays.roles import TOKENS, WINDOW
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.registry import adapter_named
-from agnostic_cache.state.roles import TOKENS, WINDOW
 from agnostic_cache.testing.grid import Grid
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW, Role
 from agnostic_cache.errors import MissingLeavesError, StructureMismatchError
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.roles import LENGTH, TOKENS, WINDOW, Role
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.testing.grid import concat, stack
 from agnostic_cache.testing.subject import KV, Subject

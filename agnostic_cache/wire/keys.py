@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Self
 
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.errors import UnsupportedDtypeError, WireError
-from agnostic_cache.state.dtypes import Dtype
 
 MAX_KEY_LENGTH: Final = 150
 """Bytes of a key on the wire, in UTF-8."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.errors import WireError
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.wire.keys import MAX_KEY_LENGTH, CacheEngineKey, dtype_of, parse_cache_key
 
 MAX_LENGTH: Final = 2**31 - 1

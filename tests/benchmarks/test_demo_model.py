@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from agnostic_cache import KVState, StateCache, wrap
+from agnostic_cache.blob.state_blob import encode
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.state.blob import encode
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.memory import MemoryStorage
 from agnostic_cache.storage.tiered import TieredStorage

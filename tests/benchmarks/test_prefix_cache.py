@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from agnostic_cache import KVLayout, PrefixCache, model_fingerprint
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache_adapters.jax import resume, store
 from agnostic_cache_adapters.transformers import generate

@@ -13,10 +13,10 @@ import pytest
 from redis_server import Server
 
 from agnostic_cache import KVLayout, KVState, open_storage, wrap
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.blob.state_blob import Blob, encode
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.state.blob import Blob, encode
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.memory import MemoryStorage

@@ -14,8 +14,8 @@ from torch_subject import TorchSubject
 from transformers import DynamicCache
 
 from agnostic_cache import KVLayout, wrap
-from agnostic_cache.state.blob import Blob, encode
-from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.blob.state_blob import Blob, encode
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.testing.subject import KV
 

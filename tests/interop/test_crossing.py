@@ -17,9 +17,9 @@ from torch_subject import TorchSubject
 from transformers import DynamicCache, MistralConfig
 
 from agnostic_cache import KVLayout, KVState, wrap
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError, UnsupportedDtypeError
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.testing import ContainerSuite, Grid, OwnershipSuite
 from agnostic_cache.testing.subject import KV

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_subject import JaxSubject, live_bytes, make, values
 
 from agnostic_cache import KVLayout, KVState, SimpleLRUCache, wrap
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.errors import (
     DeletedArrayError,
     LayoutUnknownError,
@@ -21,8 +23,6 @@ from agnostic_cache.errors import (
     UnsupportedArrayError,
     UnsupportedDtypeError,
 )
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
 from agnostic_cache.state.layout import LENGTH, SNAPSHOT, TOKENS
 from agnostic_cache.testing import AdapterSuite, pattern
 from agnostic_cache_adapters.jax import adapter, on_evict

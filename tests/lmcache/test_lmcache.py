@@ -25,9 +25,9 @@ from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from server_thread import LIST, Client, ServerThread, running
 
 from agnostic_cache import wire as ours
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.state.dtypes import Dtype
 from agnostic_cache.storage.lm import LMStorage
 from agnostic_cache.testing.storage_suite import read
 

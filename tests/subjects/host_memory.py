@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agnostic_cache import StateCache
+from agnostic_cache.arrays.adapter import ArraySpec, Opened, Storage
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.host_adapter import HostAdapter
+from agnostic_cache.arrays.roles import SNAPSHOT, Hint
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.state.adapter import ArraySpec, Opened, Storage
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
-from agnostic_cache.state.host_adapter import HostAdapter
-from agnostic_cache.state.roles import SNAPSHOT, Hint
 
 State = dict[str, HostArray]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.testing import Subject, pattern
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the first array: some tests shard over them

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from agnostic_cache.state.dtypes import Dtype
+from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.testing import Subject, pattern
 
 

@@ -5,8 +5,8 @@ from hashlib import blake2b
 from typing import Any
 
 from agnostic_cache import KVLayout
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import HostArray
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.state.layout import SNAPSHOT, TOKENS, WINDOW
 
 WIDTH = 6

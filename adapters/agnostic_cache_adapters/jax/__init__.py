@@ -18,15 +18,15 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Opened, Storage
+from agnostic_cache.arrays.dtypes import Dtype
+from agnostic_cache.arrays.host import ALIGNMENT, HostArray
 from agnostic_cache.errors import (
     DeletedArrayError,
     StructureMismatchError,
     UnsupportedArrayError,
     UnsupportedDtypeError,
 )
-from agnostic_cache.state.adapter import Adapter, ArraySpec, Fill, Opened, Storage
-from agnostic_cache.state.dtypes import Dtype
-from agnostic_cache.state.host import ALIGNMENT, HostArray
 from agnostic_cache.state.layout import LENGTH, TOKENS, KVLayout
 from agnostic_cache.state.tree import flatten, strip
 from agnostic_cache_adapters.jax.loop import resume, store
@@ -460,7 +460,7 @@ def on_evict(value: object) -> int:
     Returns:
         The bytes of the arrays that were deleted; a live NumPy or DLPack view keeps its memory until it dies.
     """
-    from agnostic_cache.state.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
+    from agnostic_cache.arrays.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
 
     best = adapter_named("jax")
     return best.release(strip(value, best))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
+from agnostic_cache.arrays.adapter import Opened
+from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, Hint, axis_names
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.adapter import Opened
-from agnostic_cache.state.roles import SNAPSHOT, TOKENS, Hint, axis_names
 from agnostic_cache_adapters.torch import TorchAdapter, on_evict
 from agnostic_cache_adapters.transformers import layers as classes
 from agnostic_cache_adapters.transformers import strangers

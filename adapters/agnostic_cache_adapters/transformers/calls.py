@@ -14,10 +14,10 @@ from transformers import cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
-from agnostic_cache.state.roles import SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache_adapters.transformers import layers
 from agnostic_cache_adapters.transformers.weights import stamp
 

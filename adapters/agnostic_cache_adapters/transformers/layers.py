@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from transformers import cache_utils
 
+from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
 from agnostic_cache.errors import StructureMismatchError
-from agnostic_cache.state.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
 
 AXES: Final = ("batch", "heads", "tokens", "dim")
 _COMPRESSED = {

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, cache_utils
 
+from agnostic_cache.arrays.records import field_names
 from agnostic_cache.errors import UnknownValueError
-from agnostic_cache.state.records import field_names
 
 LAYERS = (cache_utils.CacheLayerMixin, cache_utils.LinearAttentionCacheLayerMixin, cache_utils.DummyLayer)
 _HOLDERS = (torch.Tensor, cache_utils.Cache, *LAYERS)

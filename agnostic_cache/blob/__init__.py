@@ -1,0 +1,1 @@
+"""Blobs: states as bytes, with checksums; everything that is written or read is checked here."""

@@ -1,0 +1,1 @@
+"""What a cache holds: entries, leases and the ledger of their bytes."""
