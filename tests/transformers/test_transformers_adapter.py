@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hf_structures import SIZES
+from no_metadata import check_adapter
 from torch_subject import TorchSubject, live_bytes
 from transformers import (
     DynamicCache,
@@ -592,3 +593,7 @@ class TestOnEvict:
         assert kept.release() == 0
         assert all(map(torch.equal, tensors(fork), before))
         assert on_evict(fork) == 4 * 2 * 5 * 8 * 4
+
+
+def test_no_metadata_is_needed() -> None:
+    check_adapter("transformers", "__import__('torch').ones(2)")
