@@ -27,4 +27,5 @@ def _start_anew() -> None:
         thing.after_fork()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=_start_anew)

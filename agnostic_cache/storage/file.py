@@ -147,7 +147,7 @@ class FileStorage(StorageBackend):
                 if self._sync:
                     os.fsync(file)
                 status = self._bring_in(aside, name, new)
-        with self._lock.taken():
+        with self._lock:
             self._counts["puts"] += status is PutStatus.LEGAL
             self._counts["refused"] += status is PutStatus.ILLEGAL
         return status
@@ -161,11 +161,11 @@ class FileStorage(StorageBackend):
             try:
                 self._directory.bring_in(aside, name, sync=self._sync)
             except BaseException:
-                with self._lock.taken():
+                with self._lock:
                     self._evictor.rollback(self._files, key=name)
                 raise
             total.nbytes += new.nbytes - old
-            with self._lock.taken():
+            with self._lock:
                 self._list(name, new)
         return PutStatus.LEGAL
 
@@ -178,7 +178,7 @@ class FileStorage(StorageBackend):
             while True:
                 over = total.nbytes + new.nbytes - self._directory.size(name) - (self.max_bytes or 0)
                 room = _Room(self._files, over if self.max_bytes is not None else 0)
-                with self._lock.taken():
+                with self._lock:
                     if counted:
                         victims = self._evictor.evict(self._files, room=room)
                     else:
@@ -194,7 +194,7 @@ class FileStorage(StorageBackend):
             if counted and (over <= 0 or self.max_bytes is None):
                 return True
         if counted:
-            with self._lock.taken():
+            with self._lock:
                 self._evictor.rollback(self._files, key=name)
         return False
 
@@ -218,7 +218,7 @@ class FileStorage(StorageBackend):
             with self._directory.translated("set aside"), self._directory.locked() as total:
                 total.nbytes -= self._directory.size(name)
                 self._put_away(name, error)
-        with self._lock.taken():
+        with self._lock:
             if found is None:
                 self._counts["misses"] += 1
                 return None
@@ -264,7 +264,7 @@ class FileStorage(StorageBackend):
         with self._directory.translated("remove"), self._directory.locked() as total:
             found = self._directory.contains(name)
             total.nbytes -= self._directory.unlink(name)
-            with self._lock.taken():
+            with self._lock:
                 self._evictor.update_on_remove(name, self._files)
                 self._unlist(name)
         return found
@@ -274,7 +274,7 @@ class FileStorage(StorageBackend):
         self._check_open()
         with self._directory.translated("list"), self._directory.locked() as total:
             self._look(total)
-        with self._lock.taken():
+        with self._lock:
             return [file.key for file in self._files.values()]
 
     def close(self) -> None:
@@ -284,7 +284,7 @@ class FileStorage(StorageBackend):
 
     def stats(self) -> StorageStats:
         """Return what this process knows of the directory, and did in it."""
-        with self._lock.taken():
+        with self._lock:
             return StorageStats(
                 entries=len(self._files),
                 current_bytes=self._known,
@@ -297,7 +297,7 @@ class FileStorage(StorageBackend):
     def _look(self, total: Total) -> None:
         """Learn what is in the directory, and count it anew. The directory is locked."""
         there = self._directory.scan(total)
-        with self._lock.taken():
+        with self._lock:
             for name in self._files.keys() - there.keys():
                 self._evictor.update_on_remove(name, self._files)
                 self._unlist(name)
@@ -315,14 +315,14 @@ class FileStorage(StorageBackend):
                 total.nbytes -= nbytes
                 self._put_away(name, error)
             else:
-                with self._lock.taken():
+                with self._lock:
                     self._learn(name, _File(key, nbytes))
 
     def _put_away(self, name: str, error: BlobError) -> None:
         """Take a damaged file out of the way, and keep it for whoever wants to know. The directory is locked."""
         away = self._directory.put_away(name)
         _logger.warning("an entry is damaged, which is a miss, and now at %s: %s", away, error)
-        with self._lock.taken():
+        with self._lock:
             self._counts["corrupt"] += 1
             self._evictor.update_on_remove(name, self._files)
             self._unlist(name)

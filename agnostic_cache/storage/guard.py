@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from agnostic_cache.blob.pieces import Blob
-from agnostic_cache.errors import StorageBusyError, StorageError, StorageFullError
+from agnostic_cache.errors import BusyError, StorageError, StorageFullError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
 from agnostic_cache.storage.backend import (
@@ -182,7 +182,7 @@ class GuardedStorage(StorageBackend):
             return miss
         try:
             answer = call()
-        except StorageBusyError:
+        except BusyError:
             self._errors += 1
             return miss
         except StorageFullError as error:

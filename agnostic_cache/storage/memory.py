@@ -162,7 +162,7 @@ class MemoryStorage(StorageBackend):
         size = _whole_pages(nbytes)
         done = threading.Event()
         try:
-            with self._lock.taken():
+            with self._lock:
                 self._check_open()
                 if key in self._arriving:
                     return PutStatus.LEGAL
@@ -176,7 +176,7 @@ class MemoryStorage(StorageBackend):
             del leaving
             with memoryview(block) as whole:
                 copy_into(whole, pieces)
-            with self._lock.taken():
+            with self._lock:
                 self._arriving.pop(key, None)
                 if not self._closed:
                     self._unlist(key)  # what came by a reservation meanwhile
@@ -184,7 +184,7 @@ class MemoryStorage(StorageBackend):
                     self._listed += size
                     self._counts["puts"] += 1
         except BaseException:
-            with self._lock.taken():
+            with self._lock:
                 arrival = self._arriving.get(key)
                 if arrival is not None and arrival.done is done:
                     del self._arriving[key]
@@ -230,7 +230,7 @@ class MemoryStorage(StorageBackend):
     def reserve(self, nbytes: int) -> MemoryReservation | None:
         """See `SupportsReserve.reserve`."""
         size = _whole_pages(nbytes)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             self._reserved += size
             over = self._taken() - self.max_bytes
@@ -248,7 +248,7 @@ class MemoryStorage(StorageBackend):
         try:
             block = self._replace(leaving, size)
         except BaseException:
-            with self._lock.taken():
+            with self._lock:
                 self._reserved -= size
             raise
         return MemoryReservation(self, block, nbytes)
@@ -256,7 +256,7 @@ class MemoryStorage(StorageBackend):
     def _publish(self, key: str, block: mmap.mmap, nbytes: int) -> PutStatus:
         """List a block that was reserved."""
         size = len(block)
-        with self._lock.taken():
+        with self._lock:
             self._reserved -= size
             self._check_open()
             leaving = self._make_room(key, size)
@@ -272,7 +272,7 @@ class MemoryStorage(StorageBackend):
 
     def _take_back(self, block: mmap.mmap) -> None:
         """Let go of a block that was reserved."""
-        with self._lock.taken():
+        with self._lock:
             self._reserved -= len(block)
         self._pool.give((block,), self._listed // _IDLE_SHARE)
 
@@ -300,7 +300,7 @@ class MemoryStorage(StorageBackend):
         """See `StorageBackend.get`. Copies nothing."""
         check_key(key)
         while True:
-            with self._lock.taken():
+            with self._lock:
                 self._check_open()
                 arrival = None if key in self._entries else self._replacing(key)
                 if arrival is None:
@@ -335,7 +335,7 @@ class MemoryStorage(StorageBackend):
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`."""
         check_key(key)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             found = key in self._entries or self._replacing(key) is not None
             return found and not self._evictor.has_expired(key)
@@ -343,7 +343,7 @@ class MemoryStorage(StorageBackend):
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`."""
         check_key(key)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             found = key in self._entries
             if found:
@@ -355,13 +355,13 @@ class MemoryStorage(StorageBackend):
 
     def list_keys(self) -> list[str]:
         """See `StorageBackend.list_keys`. Oldest first, as the policy orders them."""
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             return list(self._entries)
 
     def close(self) -> None:
         """Let go of every entry. Idempotent."""
-        with self._lock.taken():
+        with self._lock:
             self._closed = True
             gone, self._entries = self._entries, OrderedDict()
             self._listed, self._deferred = 0, []
@@ -371,7 +371,7 @@ class MemoryStorage(StorageBackend):
 
     def stats(self) -> StorageStats:
         """Return what the storage holds and did."""
-        with self._lock.taken():
+        with self._lock:
             return StorageStats(
                 entries=len(self._entries),
                 current_bytes=self._listed,

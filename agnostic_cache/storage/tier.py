@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from agnostic_cache.errors import StorageBusyError, StorageError
+from agnostic_cache.errors import BusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, contains_many, get_many
@@ -208,7 +208,7 @@ class Tier:
             is_nested: Says whether this thread is in the middle of another call, and may hold what is waited for.
 
         Raises:
-            StorageBusyError: A finaliser asks for it, on a thread that it has interrupted at a bad time.
+            BusyError: A finaliser asks for it, on a thread that it has interrupted at a bad time.
         """
         self._wait(lambda: key not in self._unwritten and key not in self._coming, is_nested)
 
@@ -261,7 +261,7 @@ class Tier:
         with self._changed:
             if not until() and (threading.current_thread() is self._thread or is_nested()):
                 msg = "a finaliser called a storage that it had interrupted; have it leave the call to another thread"
-                raise StorageBusyError(msg)
+                raise BusyError(msg)
             self._changed.wait_for(until)
 
     def stop(self) -> None:

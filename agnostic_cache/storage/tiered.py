@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from agnostic_cache.blob.pieces import Blob, pieces_of
-from agnostic_cache.errors import StorageBusyError, StorageError
+from agnostic_cache.errors import BusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
 from agnostic_cache.sizes import parse_size
@@ -247,13 +247,13 @@ class TieredStorage(StorageBackend):
         """Flush, and close every tier. Idempotent.
 
         Raises:
-            StorageBusyError: A finaliser closes a storage that it has interrupted; it stays open.
+            BusyError: A finaliser closes a storage that it has interrupted; it stays open.
         """
         if not self._closed:
             self._closed = True
             try:
                 self.flush()
-            except StorageBusyError:
+            except BusyError:
                 self._closed = False
                 raise
             for tier in self._tiers:
