@@ -133,6 +133,10 @@ class InvalidNamespaceError(AgnosticCacheError, ValueError, TypeError):
     """A namespace is no str or empty, or a salt or context is no bytes."""
 
 
+class InvalidExtrasError(InvalidTokensError, InvalidNamespaceError):
+    """Extras are not ``(start, stop, digest, atomic)`` in order and within the prompt, or ``salt_from`` is no place."""
+
+
 class CacheBypassWarning(UserWarning):
     """A call went past the cache, because something that it depends on cannot be put into a key."""
 
