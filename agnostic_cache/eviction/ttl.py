@@ -1,25 +1,25 @@
-"""TTLEvictor: another policy, whose entries also leave when they are too old."""
+"""TTL: another policy, whose entries also leave when they are too old."""
 
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from itertools import chain, takewhile
 from typing import Any
 
 from agnostic_cache.errors import InvalidSizeError
-from agnostic_cache.eviction.budget import BudgetEvictor
-from agnostic_cache.eviction.evictor import Entries, PutStatus, Room
-from agnostic_cache.eviction.wrapping import Without, WrappingEvictor
+from agnostic_cache.eviction.policy import Policy
+from agnostic_cache.eviction.wrapping import WrappingPolicy
 
 
-class TTLEvictor(WrappingEvictor):
+class TTL(WrappingPolicy):
     """Let an entry live for a while after it was put, whether it is used or not.
 
-    The container asks `has_expired` before it hands an entry out; whatever has expired is among the victims of the next
-    put, needed or not, unless it is pinned.
+    The container asks `has_expired` before it hands an entry out, and passes `expired` to `choose`: those leave with
+    the next put, needed or not, unless they are pinned.
 
     Args:
-        inner: Chooses among the living.
+        inner: The order of the entries that live.
         ttl_seconds: How long an entry lives.
         clock: Returns seconds, never fewer than before.
 
@@ -30,91 +30,40 @@ class TTLEvictor(WrappingEvictor):
     """
 
     def __init__(
-        self,
-        inner: BudgetEvictor | WrappingEvictor,
-        *,
-        ttl_seconds: float = 3600.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, inner: Policy, *, ttl_seconds: float = 3600.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if not (math.isfinite(ttl_seconds) and ttl_seconds > 0):
             msg = f"ttl_seconds={ttl_seconds!r}; give a positive number of seconds"
             raise InvalidSizeError(msg)
-        super().__init__(inner)
         self.ttl_seconds = ttl_seconds
         self._clock = clock
-        self._put_at: OrderedDict[Any, float] = OrderedDict()  # oldest first
-
-    def update_on_put(
-        self,
-        cache_dict: Entries,
-        cache_size: int,
-        *,
-        key: Any = None,
-        cost: float | None = None,
-        room: Room | None = None,
-    ) -> tuple[list[Any], PutStatus]:
-        """See `BaseEvictor.update_on_put`. Whatever has expired is among the victims."""
-        expired = self._expired(cache_dict, key)
-        if expired:
-            room = self._let_go(expired, room or self.room(cache_dict, cache_size, key=key))
-        victims, status = super().update_on_put(cache_dict, cache_size, key=key, cost=cost, room=room)
-        if status is PutStatus.ILLEGAL:
-            return victims, status
-        self._forget(expired, victims)
-        self._put_at[key] = self._clock()
-        self._put_at.move_to_end(key)
-        return expired + victims, status
-
-    def evict(self, cache_dict: Entries, *, room: Room | None = None) -> list[Any]:
-        """See `BaseEvictor.evict`. Whatever has expired is among the victims."""
-        expired = self._expired(cache_dict, None)
-        if expired:
-            room = self._let_go(expired, room or self.room(cache_dict))
-        victims = super().evict(cache_dict, room=room)
-        self._forget(expired, victims)
-        return expired + victims
-
-    def has_expired(self, key: Any) -> bool:
-        """See `BaseEvictor.has_expired`."""
-        put_at = self._put_at.get(key)
-        return put_at is not None and self._clock() - put_at >= self.ttl_seconds
-
-    def update_on_remove(self, key: Any, cache_dict: Entries | None = None) -> None:
-        """See `BaseEvictor.update_on_remove`."""
-        self._put_at.pop(key, None)
-        super().update_on_remove(key, cache_dict)
-
-    def rollback(self, cache_dict: Entries, *, key: Any = None) -> None:
-        """See `BaseEvictor.rollback`. Victims that are still there live anew."""
-        self._put_at.pop(key, None)
-        super().rollback(cache_dict, key=key)
-        for there in cache_dict:
-            if there not in self._put_at:
-                self._put_at[there] = self._clock()
+        super().__init__(inner)
 
     def reset(self) -> None:
-        """Forget every entry."""
+        """See `Policy.reset`."""
         super().reset()
-        self._put_at = OrderedDict()
+        self._put_at: OrderedDict[Any, float] = OrderedDict()  # the oldest first
 
-    def _expired(self, cache_dict: Entries, newcomer: Any) -> list[Any]:
-        born = self._clock() - self.ttl_seconds
-        expired = []
-        for key, put_at in self._put_at.items():
-            if put_at > born:
-                break
-            if key != newcomer and key in cache_dict and not getattr(cache_dict[key], "is_pinned", False):
-                expired.append(key)
-        return expired
+    def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:
+        """See `Policy.added`. An overwritten entry lives anew."""
+        super().added(key, nbytes, cost)
+        self._put_at[key] = self._clock()
+        self._put_at.move_to_end(key)
 
-    def _let_go(self, expired: list[Any], room: Room) -> Room:
-        for key in expired:
-            room.let_go(key)  # whether it helps or not
-        return Without(room, frozenset(expired))
+    def gone(self, key: Any, *, evicted: bool = False) -> None:
+        """See `Policy.gone`. To the inner policy, an expired entry was not evicted."""
+        super().gone(key, evicted=evicted and not self.has_expired(key))
+        self._put_at.pop(key, None)
 
-    def _forget(self, expired: Iterable[Any], victims: Iterable[Any]) -> None:
-        for key in expired:
-            self.inner.update_on_remove(key)
-            del self._put_at[key]
-        for key in victims:
-            self._put_at.pop(key, None)
+    def has_expired(self, key: Any) -> bool:
+        """See `Policy.has_expired`."""
+        put_at = self._put_at.get(key)
+        return (put_at is not None and self._is_over(put_at)) or super().has_expired(key)
+
+    def expired(self) -> Iterator[Any]:
+        """See `Policy.expired`. The oldest first."""
+        over = takewhile(lambda item: self._is_over(item[1]), self._put_at.items())
+        return chain((key for key, _ in over), super().expired())
+
+    def _is_over(self, put_at: float) -> bool:
+        return self._clock() - put_at >= self.ttl_seconds

@@ -69,7 +69,7 @@ class _Room:
     def short(self) -> bool:
         return bool(self._ledger.over())
 
-    def let_go(self, key: Key) -> bool:
+    def release(self, key: Key) -> bool:
         entry, over = self._entries[key], self._ledger.over()
         helps = None in over or any(storage.device in over for storage in entry.storages)
         if helps:

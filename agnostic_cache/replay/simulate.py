@@ -37,7 +37,7 @@ class _Later:
     def short(self) -> bool:
         return False
 
-    def let_go(self, key: Any) -> bool:  # noqa: ARG002
+    def release(self, key: Any) -> bool:  # noqa: ARG002
         return False
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple, Self
 from agnostic_cache.blob.entry import seal
 from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
-from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
+from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.lmcache import DummyEvictor
 from agnostic_cache.eviction.registry import make_evictor
 from agnostic_cache.process.forks import watch
 from agnostic_cache.process.lock import Lock
@@ -49,7 +50,7 @@ class _Room:
     def short(self) -> bool:
         return self._over > 0
 
-    def let_go(self, key: str) -> bool:
+    def release(self, key: str) -> bool:
         self._over -= self._files[key].nbytes
         return True
 

@@ -59,7 +59,7 @@ class _Room:
     def short(self) -> bool:
         return self._over > 0
 
-    def let_go(self, key: str) -> bool:
+    def release(self, key: str) -> bool:
         self._over -= len(self._entries[key].block)
         return True
 

@@ -232,9 +232,9 @@ class EvictorSuite(ABC):
         class Chain(SomeRoom):
             """Each may go after the next one only: a chain, its end first."""
 
-            def let_go(self, key: str) -> bool:
+            def release(self, key: str) -> bool:
                 self.keys = {chr(ord("j") - len(self.gone))}
-                return super().let_go(key)
+                return super().release(key)
 
         shelf = self.shelf(1000, "abcdefghij")
         assert shelf.put("k", 100, room=Chain(shelf, 300, ())) is LEGAL
