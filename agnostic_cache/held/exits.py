@@ -167,6 +167,8 @@ class Exits:
         if outliving:
             self.holdings.run(self.holdings.orphans.extend, outliving)
         entry.state = entry.original = None
+        if entry.handed:  # an interrupt came before the caller of `pop` had it
+            entry.handed.clear()
 
     def _tell(self, event: str, entry: Entry) -> None:
         if self._trace is not None:
