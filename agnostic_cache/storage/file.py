@@ -17,8 +17,7 @@ from typing import NamedTuple, Self
 from agnostic_cache.blob.entry import seal
 from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
-from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
-from agnostic_cache.eviction.lmcache import DummyEvictor
+from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
 from agnostic_cache.eviction.registry import make_evictor
 from agnostic_cache.process.forks import watch
 from agnostic_cache.process.lock import Lock
