@@ -2,8 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+from agnostic_cache.eviction.choose import CountingRoom
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
 from agnostic_cache.eviction.policy import Policy, Room
 
@@ -26,7 +28,7 @@ class EvictorPolicy(Policy):
         self._mirror: OrderedDict[Any, _Mirrored] = OrderedDict()
         self._entries: Mapping[Any, Any] = {}  # as last seen
         self._coming: set[Any] = set()  # newcomers that the evictor counts already
-        self._victims: list[Any] = []  # what the evictor named last, and counts no more
+        self._victims: dict[Any, None] = {}  # what the evictor named last, in order, and counts no more
 
     def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:
         """See `Policy.added`."""
@@ -42,16 +44,17 @@ class EvictorPolicy(Policy):
 
     def gone(self, key: Any, *, evicted: bool = False) -> None:
         """See `Policy.gone`."""
-        known = self._mirror.pop(key, None)
+        known, named = self._mirror.pop(key, None), key in self._victims
+        self._victims.pop(key, None)
         if key in self._coming:
             self._coming.discard(key)
             self.evictor.rollback(self._mirror, key=key)
-        elif known is not None and not (evicted and key in self._victims):
+        elif known and not (evicted and named):
             self.evictor.update_on_remove(key, self._mirror)
 
     def order(self) -> Iterator[Any]:
-        """Yield the victims that were named last."""
-        return iter(self._victims)
+        """See `Policy.order`. First the victims that were named last."""
+        return chain(self._victims, (key for key in self._mirror if key not in self._victims))
 
     def has_expired(self, key: Any) -> bool:
         """See `Policy.has_expired`."""
@@ -67,23 +70,27 @@ class EvictorPolicy(Policy):
         leaving: Sequence[Any],  # noqa: ARG002
     ) -> Room:
         """Have the evictor decide. Where its victims do not suffice, its decision is rolled back."""
-        self._entries, self._victims = entries, []
+        self._entries, self._victims = entries, {}
+        if newcomer in self._coming:  # asked for again
+            self._coming.discard(newcomer)
+            self.evictor.rollback(self._mirror, key=newcomer)
         asked, status = GivenRoom(room), PutStatus.LEGAL
         if newcomer is None:
             victims = self.evictor.evict(self._mirror, room=asked)
         else:
             victims, status = self.evictor.update_on_put(self._mirror, nbytes, key=newcomer, cost=cost, room=asked)
-        victims = [key for key in victims if key in self._mirror and not self._mirror[key].is_pinned]
+        mirror = self._mirror
+        victims = [key for key in victims if key in mirror and key != newcomer and not mirror[key].is_pinned]
         for key in victims:
             asked.release(key)  # it may have decided without asking
         if status is PutStatus.LEGAL and not room.short():
-            self._victims = victims
+            self._victims = dict.fromkeys(victims)
             if newcomer is not None:
                 self._coming.add(newcomer)
             return CountingRoom(len(victims), lambda _: 1)
         if status is PutStatus.LEGAL:
-            self.evictor.rollback(self._mirror, key=newcomer)
-        return CountingRoom(1, lambda _: 0)  # for ever short: refused
+            self.evictor.rollback(mirror, key=newcomer)
+        return CountingRoom(1, lambda _: 0)  # short for ever: refused
 
 
 class _Mirrored:
@@ -97,31 +104,6 @@ class _Mirrored:
     @property
     def is_pinned(self) -> bool:
         return self._is_pinned()
-
-
-class CountingRoom:
-    """A `Room` that lacks a sum of sizes.
-
-    Attributes:
-        released: What was released.
-    """
-
-    def __init__(self, over: int, size_of: Callable[[Any], int]) -> None:
-        """Lack `over`."""
-        self._over, self._size_of = over, size_of
-        self.released: list[Any] = []
-
-    def short(self) -> bool:
-        """See `Room.short`."""
-        return self._over > 0
-
-    def release(self, key: Any) -> bool:
-        """See `Room.release`."""
-        self._over -= self._size_of(key)
-        self.released.append(key)
-        return True
-
-    let_go = release
 
 
 class GivenRoom:

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from agnostic_cache.errors import InvalidKeyError, InvalidSizeError
 from agnostic_cache.eviction.adaptive import Adaptive
-from agnostic_cache.eviction.choose import choose
+from agnostic_cache.eviction.choose import CountingRoom, choose
 from agnostic_cache.eviction.evictor import BaseEvictor, Entries, PutStatus, check_size
-from agnostic_cache.eviction.evictor_policy import CountingRoom, EvictorPolicy, GivenRoom
+from agnostic_cache.eviction.evictor_policy import EvictorPolicy, GivenRoom
 from agnostic_cache.eviction.fifo import FIFO
 from agnostic_cache.eviction.gdsf import GDSF
 from agnostic_cache.eviction.lfu import LFU
