@@ -32,18 +32,21 @@ def choose(
         expired: Keys that leave first, whether that is needed or not; usually ``policy.expired()``.
         order: Candidates instead of ``policy.order()``.
     """
-    victims = [key for key in expired if _can_leave(key, entries, newcomer)]
-    for key in victims:
-        room.release(key)
+    victims: list[Any] = []
+    for key in expired:
+        if key != newcomer and key in entries and not getattr(entries[key], "is_pinned", False):
+            room.release(key)
+            victims.append(key)
     room = policy.narrow(room, entries, newcomer, nbytes, cost, victims)
     if not room.short():
         return victims
     dead = frozenset(victims)
-    ordered = policy.order() if order is None else order
-    candidates: Iterable[Any] = (key for key in ordered if key not in dead and _can_leave(key, entries, newcomer))
+    candidates = policy.order() if order is None else order
     while True:
         passed, before = [], len(victims)
         for key in candidates:
+            if key == newcomer or key not in entries or key in dead or getattr(entries[key], "is_pinned", False):
+                continue
             if not room.release(key):
                 passed.append(key)
                 continue
@@ -53,10 +56,6 @@ def choose(
         if len(victims) == before:
             return None
         candidates = passed  # who left may have made these worth leaving
-
-
-def _can_leave(key: Any, entries: Mapping[Any, Any], newcomer: Any) -> bool:
-    return key != newcomer and key in entries and not getattr(entries[key], "is_pinned", False)
 
 
 class CountingRoom:
