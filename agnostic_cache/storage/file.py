@@ -255,12 +255,15 @@ class FileStorage(StorageBackend):
         return found
 
     def list_keys(self) -> list[str]:
-        """See `StorageBackend.list_keys`. Looks at the directory, and reads the headers of files that are new to it."""
+        """See `StorageBackend.list_keys`. Looks at the directory, and reads the headers of files that are new to it.
+
+        In the order of the policy, the next victim first.
+        """
         self._check_open()
         with self._directory.translated("list"), self._directory.locked() as total:
             self._look(total)
         with self._lock.taken():
-            return [file.key for file in self._files.values()]
+            return [self._files[name].key for name in self._policy.order() if name in self._files]
 
     def close(self) -> None:
         """Let go of the directory, which keeps its entries. Idempotent."""
