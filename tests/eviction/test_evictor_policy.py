@@ -96,10 +96,11 @@ def test_which_evictors_are_asked_themselves() -> None:
     assert isinstance(make_policy(S3FIFOEvictor(), 100), S3FIFO)
     for evictor in (mine, Liar(), AtMost(), DummyEvictor(), Knob()):
         assert isinstance(make_policy(evictor, 100), EvictorPolicy)
-    assert Knob().policy.small_share == 0.5
-    policy = LRU()
+    inner, policy = Knob().policy, LRU()
+    assert isinstance(inner, S3FIFO)
+    assert inner.small_share == 0.5
     assert make_policy(policy, 100) is policy
-    assert make_evictor(policy, 100).policy is policy
+    assert make_policy(make_evictor(policy, 100), 100) is policy
     assert policy.max_bytes == 100
 
 
