@@ -34,8 +34,8 @@ class Entry:
     """
 
     __slots__ = (
-        "alone", "as_state", "born", "borrows", "cost", "handed", "is_kept", "key", "may_fork", "original", "queued", "state",
-        "storages", "tick",
+        "alone", "as_state", "born", "borrows", "cost", "handed", "is_kept", "key", "may_fork", "original",
+        "queued", "state", "storages", "tick",
     )  # fmt: skip
 
     def __init__(

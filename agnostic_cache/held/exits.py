@@ -1,4 +1,4 @@
-"""Exits: ends the operations on holdings: gives back what was lent, and frees what leaves, or hands it to `on_evict`."""
+"""Exits: ends operations on holdings: gives back what was lent, frees what leaves or hands it to `on_evict`."""
 
 from collections.abc import Callable
 from queue import Empty
