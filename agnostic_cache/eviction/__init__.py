@@ -1,12 +1,11 @@
 """Eviction: which entry leaves when the budget is full."""
 
 from agnostic_cache.eviction.choose import choose
-from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
 from agnostic_cache.eviction.lmcache import (
     AdaptiveEvictor,
     BudgetEvictor,
-    DummyEvictor,
     FIFOEvictor,
     GDSFEvictor,
     LFUEvictor,

@@ -1,6 +1,6 @@
-"""`choose`: the one way in which every container finds its victims."""
+"""`choose`: the one way in which every container finds its victims; and the `Room` of a plain sum of sizes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from agnostic_cache.eviction.policy import Policy, Room
@@ -32,22 +32,21 @@ def choose(
         expired: Keys that leave first, whether that is needed or not; usually ``policy.expired()``.
         order: Candidates instead of ``policy.order()``.
     """
-
-    def can_leave(key: Any) -> bool:
-        return key != newcomer and key in entries and not getattr(entries[key], "is_pinned", False)
-
-    victims = [key for key in expired if can_leave(key)]
-    for key in victims:
-        room.release(key)
+    victims: list[Any] = []
+    for key in expired:
+        if key != newcomer and key in entries and not getattr(entries[key], "is_pinned", False):
+            room.release(key)
+            victims.append(key)
     room = policy.narrow(room, entries, newcomer, nbytes, cost, victims)
     if not room.short():
         return victims
     dead = frozenset(victims)
-    found = policy.order() if order is None else order
-    candidates: Iterable[Any] = (key for key in found if key not in dead and can_leave(key))
+    candidates = policy.order() if order is None else order
     while True:
         passed, before = [], len(victims)
         for key in candidates:
+            if key == newcomer or key not in entries or key in dead or getattr(entries[key], "is_pinned", False):
+                continue
             if not room.release(key):
                 passed.append(key)
                 continue
@@ -57,3 +56,28 @@ def choose(
         if len(victims) == before:
             return None
         candidates = passed  # who left may have made these worth leaving
+
+
+class CountingRoom:
+    """A `Room` that lacks a sum of sizes.
+
+    Attributes:
+        released: What was released.
+    """
+
+    def __init__(self, over: int, size_of: Callable[[Any], int]) -> None:
+        """Lack `over`."""
+        self._over, self._size_of = over, size_of
+        self.released: list[Any] = []
+
+    def short(self) -> bool:
+        """See `Room.short`."""
+        return self._over > 0
+
+    def release(self, key: Any) -> bool:
+        """See `Room.release`."""
+        self._over -= self._size_of(key)
+        self.released.append(key)
+        return True
+
+    let_go = release

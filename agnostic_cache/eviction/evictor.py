@@ -145,6 +145,26 @@ class BaseEvictor(ABC):
         raise UnknownValueError(msg)
 
 
+class DummyEvictor(BaseEvictor):
+    """Never evicts, counts nothing, refuses nothing. Source: LMCache's, for a container that has no limit."""
+
+    def update_on_get(self, key: Any, cache_dict: Entries) -> None:
+        """Do nothing."""
+
+    def update_on_put(
+        self,
+        cache_dict: Entries,  # noqa: ARG002
+        cache_size: int,
+        *,
+        key: Any = None,  # noqa: ARG002
+        cost: float | None = None,  # noqa: ARG002
+        room: Room | None = None,  # noqa: ARG002
+    ) -> tuple[list[Any], PutStatus]:
+        """Answer ``LEGAL``, and that no entry need leave."""
+        check_size(cache_size)
+        return [], PutStatus.LEGAL
+
+
 def check_size(cache_size: int) -> None:
     """Refuse a negative size.
 

@@ -14,18 +14,16 @@ from typing import Any, ClassVar
 
 from agnostic_cache.errors import InvalidKeyError, InvalidSizeError
 from agnostic_cache.eviction.adaptive import Adaptive
-from agnostic_cache.eviction.choose import choose
+from agnostic_cache.eviction.choose import CountingRoom, choose
 from agnostic_cache.eviction.evictor import BaseEvictor, Entries, PutStatus, check_size
-from agnostic_cache.eviction.evictor_policy import EvictorPolicy
+from agnostic_cache.eviction.evictor_policy import EvictorPolicy, GivenRoom
 from agnostic_cache.eviction.fifo import FIFO
 from agnostic_cache.eviction.gdsf import GDSF
 from agnostic_cache.eviction.lfu import LFU
+from agnostic_cache.eviction.limits import Limits, first_part
 from agnostic_cache.eviction.lru import LRU
-from agnostic_cache.eviction.never import Never
 from agnostic_cache.eviction.policy import Policy, Room
-from agnostic_cache.eviction.quota import Quota, first_part
 from agnostic_cache.eviction.s3fifo import S3FIFO
-from agnostic_cache.eviction.ttl import TTL
 
 _logger = logging.getLogger("agnostic_cache.eviction")
 _GIB = 1024**3
@@ -117,18 +115,8 @@ class BudgetEvictor(BaseEvictor):
             _logger.warning("a put of %d bytes exceeds the maximum of %d", cache_size, self.MAX_CACHE_SIZE)
             return [], PutStatus.ILLEGAL
         before = self._sizes.get(key, 0)
-        over = self.current_cache_size + cache_size - before - self.MAX_CACHE_SIZE
-        asked = _Given(room) if room else _SumOfSizes(self._size_of(cache_dict), over)
-        victims = choose(
-            self.policy,
-            cache_dict,
-            asked,
-            newcomer=key,
-            nbytes=cache_size,
-            cost=cost,
-            expired=self.policy.expired(),
-            order=self._candidates(cache_dict),
-        )
+        asked = self._room(cache_dict, room, cache_size - before)
+        victims = self._choose(cache_dict, asked, newcomer=key, nbytes=cache_size, cost=cost)
         if victims is None:
             return [], PutStatus.ILLEGAL
         self._let_go(victims)
@@ -143,12 +131,11 @@ class BudgetEvictor(BaseEvictor):
         """See `BaseEvictor.evict`."""
         if self._pending is not None:
             self._settle(cache_dict)
-        over = self.current_cache_size - self.MAX_CACHE_SIZE
-        asked = _Given(room) if room else _SumOfSizes(self._size_of(cache_dict), over)
-        expired = self.policy.expired()
-        choose(self.policy, cache_dict, asked, expired=expired, order=self._candidates(cache_dict))
-        self._let_go(asked.released)
-        return asked.released
+        asked = self._room(cache_dict, room, 0)
+        self._choose(cache_dict, asked)
+        victims = list(asked.released)
+        self._let_go(victims)
+        return victims
 
     def update_on_remove(self, key: Any, cache_dict: Entries | None = None) -> None:
         """See `BaseEvictor.update_on_remove`."""
@@ -180,8 +167,18 @@ class BudgetEvictor(BaseEvictor):
             self._learn(key, cache_dict)
             yield key
 
-    def _size_of(self, cache_dict: Entries) -> Callable[[Any], int]:
-        return lambda key: self._sizes[key] if key in self._sizes else self.get_size(cache_dict[key])
+    def _room(self, cache_dict: Entries, given: Room | None, more: int) -> CountingRoom | GivenRoom:
+        """Return the room that a caller gave, or that of a sum of sizes which `more` bytes come to."""
+        if given is not None:
+            return GivenRoom(given)
+        over = self.current_cache_size + more - self.MAX_CACHE_SIZE
+        return CountingRoom(
+            over, lambda key: self._sizes[key] if key in self._sizes else self.get_size(cache_dict[key])
+        )
+
+    def _choose(self, cache_dict: Entries, room: Room, **newcomer: Any) -> list[Any] | None:
+        expired, candidates = self.policy.expired(), self._candidates(cache_dict)
+        return choose(self.policy, cache_dict, room, expired=expired, order=candidates, **newcomer)
 
     def _let_go(self, victims: list[Any]) -> None:
         for victim in victims:
@@ -215,60 +212,6 @@ class BudgetEvictor(BaseEvictor):
                 size = self.get_size(value)
                 if self._sizes.get(key) != size:
                     self._count(key, size)
-
-
-class _SumOfSizes:
-    """The `Room` of a container whose bytes are the sum of its entries' sizes."""
-
-    def __init__(self, size_of: Callable[[Any], int], over: int) -> None:
-        self._size_of, self._over = size_of, over
-        self.released: list[Any] = []
-
-    def short(self) -> bool:
-        return self._over > 0
-
-    def release(self, key: Any) -> bool:
-        self._over -= self._size_of(key)
-        self.released.append(key)
-        return True
-
-
-class _Given:
-    """The `Room` of a caller, whose `release` may still be called ``let_go``."""
-
-    def __init__(self, room: Any) -> None:
-        self.short: Callable[[], bool] = room.short
-        self._release: Callable[[Any], bool] = getattr(room, "let_go", None) or room.release
-        self.released: list[Any] = []
-
-    def release(self, key: Any) -> bool:
-        found = self._release(key)
-        if found:
-            self.released.append(key)
-        return found
-
-
-class DummyEvictor(BaseEvictor):
-    """Never evicts, counts nothing, refuses nothing. Source: LMCache's, for a container that has no limit."""
-
-    def __init__(self) -> None:
-        self.policy = Never()
-
-    def update_on_get(self, key: Any, cache_dict: Entries) -> None:
-        """Do nothing."""
-
-    def update_on_put(
-        self,
-        cache_dict: Entries,  # noqa: ARG002
-        cache_size: int,
-        *,
-        key: Any = None,  # noqa: ARG002
-        cost: float | None = None,  # noqa: ARG002
-        room: Room | None = None,  # noqa: ARG002
-    ) -> tuple[list[Any], PutStatus]:
-        """Answer ``LEGAL``, and that no entry need leave."""
-        check_size(cache_size)
-        return [], PutStatus.LEGAL
 
 
 class LRUEvictor(BudgetEvictor):
@@ -327,7 +270,7 @@ class AdaptiveEvictor(BudgetEvictor):
 
 
 class TTLEvictor(BudgetEvictor):
-    """See `TTL`. Puts must name their keys.
+    """See `Limits`. Puts must name their keys.
 
     Args:
         inner: Evictor or policy whose order holds among the entries that live.
@@ -344,18 +287,18 @@ class TTLEvictor(BudgetEvictor):
         ttl_seconds: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(policy=Limits(policy_of(inner), ttl_seconds=ttl_seconds, clock=clock))
         self.inner = inner
-        super().__init__(policy=TTL(policy_of(inner), ttl_seconds=ttl_seconds, clock=clock))
 
 
 class QuotaEvictor(BudgetEvictor):
-    """See `Quota`. Puts must name their keys.
+    """See `Limits`. Puts must name their keys.
 
     Args:
         inner: Evictor or policy whose order holds.
         quota: Bytes of each namespace, such as ``"1GiB"``; by default half of the maximum.
         quotas: Bytes of single namespaces, instead of `quota`.
-        namespace: Returns the namespace of a key.
+        namespace: Returns the namespace of a key; by default the first element of a tuple.
     """
 
     needs_keys = True
@@ -368,23 +311,15 @@ class QuotaEvictor(BudgetEvictor):
         quotas: Mapping[Any, int | str] | None = None,
         namespace: Callable[[Any], Any] = first_part,
     ) -> None:
-        self.inner = inner
-        own = Quota(policy_of(inner), quota=quota, quotas=quotas, namespace=namespace)
-        self.quota_of, self.used_by = own.quota_of, own.used_by
-        super().__init__(policy=own)
-
-
-_CONTRACT = [name for name in vars(BaseEvictor) if not name.startswith("_")]
+        limits = Limits(policy_of(inner), namespace=namespace, quota=quota, quotas=quotas)
+        super().__init__(policy=limits)
+        self.inner, self.quota_of, self.used_by = inner, limits.quota_of, limits.used_by
 
 
 def policy_of(evictor: BaseEvictor | Policy) -> Policy:
-    """Return the order behind an evictor; one whose class overrides what ours do is asked itself."""
+    """Return the order behind one of our evictors; an evictor of another class is asked itself."""
     if isinstance(evictor, Policy):
         return evictor
-    if isinstance(evictor, BudgetEvictor | DummyEvictor):
-        theirs = (
-            vars(kind) for kind in type(evictor).__mro__ if kind.__module__ != __name__ and kind is not BaseEvictor
-        )
-        if not any(name in names for names in theirs for name in _CONTRACT):
-            return evictor.policy
+    if isinstance(evictor, BudgetEvictor) and type(evictor).__module__ == __name__:
+        return evictor.policy
     return EvictorPolicy(evictor)

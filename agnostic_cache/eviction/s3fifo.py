@@ -1,6 +1,6 @@
 """S3FIFO: a small queue for newcomers, a main queue for what came back; quick to drop what is used once."""
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,53 +68,46 @@ class S3FIFO(Policy):
 
     def order(self) -> Iterator[Any]:
         """See `Policy.order`."""
-        return (key for key, uses in self._turns() if uses is None)
+        return self._walk([])
 
     def _move_on(self, victim: Any) -> None:
         """Move to the end of the main queue what has its turn before the victim, and stays."""
-        moved = []
-        for key, uses in self._turns():
-            if uses is not None:
-                moved.append((key, uses))
-            elif key == victim:
+        moved: list[tuple[Any, int, int]] = []
+        for key in self._walk(moved):
+            if key == victim:
                 break
-        for key, uses in moved:
+        for key, nbytes, uses in moved:
             self._uses[key] = uses
-            nbytes = self._small.pop(key, None)
-            if nbytes is None:
+            if self._small.pop(key, None) is None:
                 self._main.move_to_end(key)
             else:
                 self._main[key] = nbytes
                 self._main_nbytes += nbytes
 
-    def _turns(self) -> Iterator[tuple[Any, int | None]]:
-        """Yield each key at its turn: with the uses that are left to it where it moves on, with None where it leaves.
-
-        Changes nothing: what moves on is kept aside.
-        """
+    def _walk(self, moved: list[tuple[Any, int, int]]) -> Iterator[Any]:
+        """Yield the victims in order; note in `moved` what moves on before each: key, bytes, and uses left to it."""
         main_nbytes, main_max = self._main_nbytes, self.max_bytes * (1 - self.small_share)
         small, main = iter(self._small.items()), iter(self._main.items())
         newest, oldest = next(small, None), next(main, None)
-        moved: deque[tuple[Any, int, int]] = deque()  # behind _main: key, bytes, uses
-        while newest or oldest or moved:
+        again = 0  # index in moved, which stands behind the main queue
+        while newest or oldest or again < len(moved):
             if newest and main_nbytes <= main_max:
-                key, nbytes = newest
+                (key, nbytes), uses = newest, 0
                 newest = next(small, None)
                 if self._uses[key] < self.uses_to_stay:
-                    yield key, None
+                    yield key
                     continue
                 main_nbytes += nbytes
-                uses = 0
             else:
                 if oldest:
                     (key, nbytes), uses = oldest, self._uses[oldest[0]]
                     oldest = next(main, None)
                 else:
-                    key, nbytes, uses = moved.popleft()
+                    key, nbytes, uses = moved[again]
+                    again += 1
                 if not uses:
                     main_nbytes -= nbytes
-                    yield key, None
+                    yield key
                     continue
                 uses -= 1
             moved.append((key, nbytes, uses))
-            yield key, uses

@@ -15,11 +15,17 @@ class SupportsFork(Protocol):
 
 # What a process has forked is state of the process.
 _watched: "weakref.WeakSet[SupportsFork]" = weakref.WeakSet()
+_kept: list[object] = []
 
 
 def watch(thing: SupportsFork) -> None:
     """Start `thing` anew in each forked child, as long as it lives."""
     _watched.add(thing)
+
+
+def keep(*things: object) -> None:
+    """Keep what is the parent's from ever being freed in this child."""
+    _kept.extend(things)
 
 
 def _start_anew() -> None:
