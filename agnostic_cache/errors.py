@@ -57,6 +57,14 @@ class BorrowedError(AgnosticCacheError, RuntimeError):
     """An entry cannot leave the cache by `pop`: somebody borrows it."""
 
 
+class LeaseUsedError(AgnosticCacheError, RuntimeError):
+    """A borrow was entered while it is open already; each ``with`` block takes a borrow of its own."""
+
+
+class PinLimitError(AgnosticCacheError, ValueError):
+    """A pin would keep more than half of the budget from being evicted."""
+
+
 class BorrowViolationError(AgnosticCacheError, RuntimeError):
     """A borrower wrote, donated or deleted what it had borrowed (found with ``debug=True``)."""
 
@@ -93,8 +101,12 @@ class StorageFullError(StorageError):
     """A storage has no room for an entry; what it holds can still be read."""
 
 
-class StorageBusyError(StorageError):
-    """A finaliser called a storage in the middle of a call that it interrupted, which it cannot wait for."""
+class BusyError(StorageError):
+    """A finaliser called a cache or storage in the middle of another call of its own thread."""
+
+
+StorageBusyError = BusyError
+"""What `BusyError` was called while only storages raised it."""
 
 
 class StorageURLError(AgnosticCacheError, ValueError):
@@ -119,6 +131,10 @@ class InvalidTokensError(AgnosticCacheError, ValueError, TypeError):
 
 class InvalidNamespaceError(AgnosticCacheError, ValueError, TypeError):
     """A namespace is no str or empty, or a salt or context is no bytes."""
+
+
+class InvalidExtrasError(InvalidTokensError, InvalidNamespaceError):
+    """Extras are not ``(start, stop, digest, atomic)`` in order and within the prompt, or ``salt_from`` is no place."""
 
 
 class CacheBypassWarning(UserWarning):

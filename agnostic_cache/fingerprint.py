@@ -39,3 +39,12 @@ def model_fingerprint(model_or_params: object) -> str:
         digest.update(f"\n{name} {spec.dtype} {spec.shape}\n".encode())
         digest.update(adapter.sample(array))
     return f"{PREFIX}{adapter.framework}-{digest.hexdigest()}"
+
+
+def same_weights(one: str | None, other: str | None) -> bool:
+    """Say whether two fingerprints may name the same weights: as far as is known, and two frameworks' always may."""
+    return one is None or other is None or one == other or _framework(one) != _framework(other)
+
+
+def _framework(fingerprint: str) -> str:
+    return fingerprint.rpartition("-")[0] if fingerprint.startswith(PREFIX) else ""

@@ -1,13 +1,15 @@
 """Roles: how a leaf of a state behaves when the state is cut or joined along its tokens."""
 
 import enum
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 LENGTH_NAMES: Final = ("cache_index", "end_index", "cumulative_length")
 """Last parts of the names under which integer leaves are counters of tokens."""
 
 
-class TOKENS(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TOKENS:
     """One row along `axis` for every `stride` tokens. A cut takes the rows, a join concatenates them.
 
     Source: full attention has stride 1; compressed attention (DeepSeek-V4 style) 4 or 128.
@@ -17,7 +19,8 @@ class TOKENS(NamedTuple):
     stride: int = 1
 
 
-class WINDOW(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WINDOW:
     """Rows along `axis`, of which only those of tokens ``[length - width, length)`` are needed to go on.
 
     A layer whose attention window is ``w`` tokens, the current one included, needs ``width = w - 1`` rows of the past.
@@ -28,16 +31,19 @@ class WINDOW(NamedTuple):
 
 
 class Whole(enum.Enum):
-    """The two roles that have no token axis."""
+    """The roles that have no token axis."""
 
     SNAPSHOT = "snapshot"
     """Valid at exactly `length`: recurrent and convolution states, quantised layers, anything unknown."""
     LENGTH = "length"
     """A counter whose every element equals `length`; rewritten by cut, join and unwrap."""
+    KEEP = "keep"
+    """No part of the state (a mask, the state of a random generator): declared, never inferred."""
 
 
 SNAPSHOT: Final = Whole.SNAPSHOT
 LENGTH: Final = Whole.LENGTH
+KEEP: Final = Whole.KEEP
 Role = TOKENS | WINDOW | Whole
 
 

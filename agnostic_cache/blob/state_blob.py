@@ -1,4 +1,4 @@
-"""Blob: a `KVState` as bytes, and back, in one valid safetensors file.
+"""StoredState: a `KVState` as a blob, and back, in one valid safetensors file.
 
 The arrays are its tensors, under their leaf names, each on a 64-byte boundary, so that every framework takes them from
 a buffer or a mapped file as they lie. What they mean is JSON in the metadata; the tokens are one more tensor. Leaves
@@ -25,7 +25,7 @@ from agnostic_cache.state.kv_state import KVState, Ownership, read_length
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.tree import Node
 
-FORMAT: Final = "1"
+FORMAT: Final = "2"
 """Version of what stands in the metadata; a reader knows exactly the ones it was written for."""
 
 _FORMAT, _PRODUCER = f"{RESERVED}format", f"{RESERVED}producer"
@@ -36,7 +36,9 @@ _MEMORABLE = 64 * 1024  # characters of a structure that is worth remembering
 _STAND_INS = {Dtype.INT4: "I8", Dtype.UINT4: "U8", Dtype.COMPLEX128: "F64"}  # the format has no name for these
 
 
-def encode(state: KVState, *, tokens: Iterable[int] | None = None, checksum: bool = True) -> Parts:
+def encode(
+    state: KVState, *, tokens: Iterable[int] | None = None, checksum: bool = True, fingerprint: str | None = None
+) -> Parts:
     """Lay a state out as a blob. Copies nothing: arrays are read, and brought to the host, as the parts are.
 
     The state must stay alive and unchanged until then. The parts can be read more than once.
@@ -46,6 +48,7 @@ def encode(state: KVState, *, tokens: Iterable[int] | None = None, checksum: boo
         tokens: The tokens that it stands for, each in ``[0, 2**32)``.
         checksum: End the blob in a checksum of all of it: xxh3-128 where the extra is installed, else crc32. A storage
             that checks what it hands out needs none.
+        fingerprint: Of the weights that computed it; see `model_fingerprint`.
 
     Raises:
         ReleasedError: The state is gone.
@@ -75,6 +78,7 @@ def encode(state: KVState, *, tokens: Iterable[int] | None = None, checksum: boo
         parts.append(Part(_TOKENS, "U32", (known.nbytes // 4,), known.nbytes, lambda: (known,)))
     described = {
         "framework": state.framework,
+        "fingerprint": fingerprint,
         "length": state.length,
         "kinds": list(map(json.loads, kinds)),
         "leaves": leaves,
@@ -109,17 +113,18 @@ def _token_bytes(tokens: Iterable[int]) -> memoryview:
         raise BlobError(msg) from error
 
 
-class Blob:
-    """A blob in memory, parsed. Nothing is copied: arrays lie where the blob lies, and keep it alive.
+class StoredState:
+    """A state's blob in memory, parsed. Nothing is copied: arrays lie where the blob lies, and keep it alive.
 
     Attributes:
         memory: The whole of it, a flat view. Nobody writes it while a state of it is in use.
         framework: Name of the framework that the state was stored from, or None where the file is not of this package.
+        fingerprint: Names the weights that computed it, or None where the writer did not say.
         producer: Name and version of the program that wrote it, or None.
         length: Tokens that the state stands for.
     """
 
-    __slots__ = ("_described", "_header", "framework", "length", "memory", "producer")
+    __slots__ = ("_described", "_header", "fingerprint", "framework", "length", "memory", "producer")
 
     def __init__(self, memory: bytes | bytearray | memoryview) -> None:
         """Parse a blob, or any safetensors file. The checksum is not compared: that is `verify`.
@@ -140,7 +145,8 @@ class Blob:
         with _Reading():
             self._described: dict[str, Any] = json.loads(facts[_STATE]) if _STATE in facts else _foreign(self._header)
             self.length = _count(self._described["length"])
-            self.framework: str | None = self._described["framework"]
+            self.framework = _text_or_none(self._described["framework"])
+            self.fingerprint = _text_or_none(self._described["fingerprint"])
 
     @property
     def algorithm(self) -> str | None:
@@ -206,6 +212,10 @@ class Blob:
         return Leaf(array, kind.role, kind.axes, kind.frozen, kind.first)
 
 
+Blob = StoredState
+"""What `StoredState` was called; a storage calls any bytes a blob."""
+
+
 class _Kind(NamedTuple):
     """What is said of a leaf, apart from its name."""
 
@@ -254,8 +264,9 @@ def _foreign(header: Header) -> dict[str, Any]:
         | _role_to_json(SNAPSHOT)
         for tensor in known.values()
     ]
-    described: dict[str, Any] = {"framework": None, "length": 0, "rotary": None, "missing": (), "tensors": {}}
-    return {**described, "kinds": kinds, "leaves": {name: i for i, name in enumerate(known)}}
+    plain = {"length": 0, "missing": (), "tensors": {}, "kinds": kinds}
+    unknown = dict.fromkeys(("framework", "fingerprint", "rotary"))
+    return {**unknown, **plain, "leaves": {name: i for i, name in enumerate(known)}}
 
 
 def _role_to_json(role: Role) -> dict[str, Any]:
@@ -273,6 +284,13 @@ def _role_from_json(plain: Mapping[str, Any]) -> Role:
     if kind == "window":
         return WINDOW(_count(plain["axis"]), _count(plain["width"]))
     return {SNAPSHOT.value: SNAPSHOT, LENGTH.value: LENGTH}[kind]
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        msg = f"a name of type {type(value).__name__}"
+        raise BlobError(msg)
+    return value
 
 
 def _count(value: Any, least: int = 0) -> int:

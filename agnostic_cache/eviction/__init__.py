@@ -1,16 +1,21 @@
 """Eviction: which entry leaves when the budget is full."""
 
-from agnostic_cache.eviction.adaptive import AdaptiveEvictor
-from agnostic_cache.eviction.budget import BudgetEvictor
-from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus, Room
-from agnostic_cache.eviction.fifo import FIFOEvictor
-from agnostic_cache.eviction.gdsf import GDSFEvictor, recompute_cost
-from agnostic_cache.eviction.lfu import LFUEvictor
-from agnostic_cache.eviction.lru import LRUEvictor
-from agnostic_cache.eviction.quota import QuotaEvictor
-from agnostic_cache.eviction.registry import POLICIES, make_evictor
-from agnostic_cache.eviction.s3fifo import S3FIFOEvictor
-from agnostic_cache.eviction.ttl import TTLEvictor
+from agnostic_cache.eviction.choose import choose
+from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
+from agnostic_cache.eviction.gdsf import recompute_cost
+from agnostic_cache.eviction.lmcache import (
+    AdaptiveEvictor,
+    BudgetEvictor,
+    FIFOEvictor,
+    GDSFEvictor,
+    LFUEvictor,
+    LRUEvictor,
+    QuotaEvictor,
+    S3FIFOEvictor,
+    TTLEvictor,
+)
+from agnostic_cache.eviction.policy import Policy, Room
+from agnostic_cache.eviction.registry import POLICIES, make_evictor, make_policy
 
 __all__ = [
     "POLICIES",
@@ -22,11 +27,14 @@ __all__ = [
     "GDSFEvictor",
     "LFUEvictor",
     "LRUEvictor",
+    "Policy",
     "PutStatus",
     "QuotaEvictor",
     "Room",
     "S3FIFOEvictor",
     "TTLEvictor",
+    "choose",
     "make_evictor",
+    "make_policy",
     "recompute_cost",
 ]

@@ -1,7 +1,8 @@
-"""The one contract of eviction: who leaves when the budget is full. For StateCache, every storage, and the server.
+"""BaseEvictor: LMCache's contract of eviction, which code written for it calls and subclasses; and `PutStatus`.
 
-A container keeps its entries in an ``OrderedDict`` and tells its evictor what happens, under its own lock (an evictor
-has none). The evictor never changes the dict: it names the victims, and the container lets them go.
+Our containers use a `Policy`, and turn an evictor that they are given into one (`make_policy`). A container of
+LMCache's kind keeps its entries in an ``OrderedDict`` and tells its evictor what happens, under its own lock. The
+evictor never changes the dict: it names the victims, and the container lets them go.
 
     # put: decides and counts; afterwards the container does as it was told
     victims, status = evictor.update_on_put(entries, nbytes, key=key)
@@ -20,25 +21,19 @@ has none). The evictor never changes the dict: it names the victims, and the con
     del entries[key]
     evictor.update_on_remove(key, entries)
 
-What is read or pinned has a true ``is_pinned`` on its value and is passed over. A value's size is what `get_size` says.
-A container whose bytes are no plain sum of sizes (entries that share memory, a budget per device) passes its `Room`.
-
-Source: ``lmcache.storage_backend.evictor`` (0.3.0), whose names, units and answers are kept. Code that was written
-against it names no keys; then the evictor learns from the dict, at its next call, what became of a put.
+Source: ``lmcache.storage_backend.evictor`` (0.3.0), whose names, units and answers are kept.
 """
 
 import enum
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any
 
 from agnostic_cache.errors import InvalidSizeError, UnknownValueError
+from agnostic_cache.eviction.policy import Room
 
-Key = Hashable
-"""A key of the container."""
 Entries = OrderedDict[Any, Any]
-"""The entries of a container by key. Who inserts appends; the values are whatever `BaseEvictor.get_size` takes."""
+"""The entries of a container by key. New ones are appended; the values are whatever `BaseEvictor.get_size` takes."""
 
 
 class PutStatus(enum.Enum):
@@ -50,28 +45,8 @@ class PutStatus(enum.Enum):
     """The value was refused: it does not fit, and nothing changed."""
 
 
-class Room(Protocol):
-    """What a container knows of its room, where that is more than a sum of sizes. Used up in one call.
-
-    The container judges; the evictor asks in its own order. Where the call ends in a refusal, the container forgets
-    what it counted as gone.
-    """
-
-    def short(self) -> bool:
-        """Say whether more must leave, given what is counted as gone so far."""
-        ...
-
-    def let_go(self, key: Any) -> bool:
-        """Count an entry as gone; or answer False where that would help nothing, and it stays."""
-        ...
-
-
 class BaseEvictor(ABC):
-    """Decides who leaves. Serves one container, which calls it under its own lock.
-
-    A policy of one's own with a budget and an order inherits `BudgetEvictor`, and its tests inherit
-    ``agnostic_cache.testing.EvictorSuite``.
-    """
+    """Names the victims of one container. A new eviction policy is better written as a `Policy`."""
 
     @abstractmethod
     def update_on_get(self, key: Any, cache_dict: Entries) -> None:
@@ -95,10 +70,10 @@ class BaseEvictor(ABC):
         cost: float | None = None,
         room: Room | None = None,
     ) -> tuple[list[Any], PutStatus]:
-        """Decide whether an entry comes in and who leaves for it, and count both as done.
+        """Decide whether an entry comes in and which leave for it, and count both as done.
 
         Args:
-            cache_dict: The entries without the newcomer; not changed.
+            cache_dict: The entries without the newcomer; not changed. Those with a true ``is_pinned`` cannot leave.
             cache_size: Bytes of the newcomer.
             key: Its key. A caller gives one always, or never: then it must insert before its next call.
             cost: What it takes to compute it again, in any unit that all entries share; by default its size.
@@ -129,7 +104,7 @@ class BaseEvictor(ABC):
         """
 
     def evict(self, cache_dict: Entries, *, room: Room | None = None) -> list[Any]:  # noqa: ARG002
-        """Decide who leaves now, with no newcomer: a maximum was lowered, or entries expired.
+        """Decide which entries leave now, with no newcomer: a maximum was lowered, or entries expired.
 
         Args:
             cache_dict: The entries; not changed.
@@ -185,7 +160,7 @@ class DummyEvictor(BaseEvictor):
         cost: float | None = None,  # noqa: ARG002
         room: Room | None = None,  # noqa: ARG002
     ) -> tuple[list[Any], PutStatus]:
-        """Answer ``LEGAL``, and that nobody need leave."""
+        """Answer ``LEGAL``, and that no entry need leave."""
         check_size(cache_size)
         return [], PutStatus.LEGAL
 

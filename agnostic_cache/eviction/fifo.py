@@ -1,24 +1,35 @@
-"""FIFOEvictor: the oldest entry leaves first, however much it is used."""
+"""FIFO: the oldest entry leaves first, however much it is used."""
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
-from agnostic_cache.eviction.budget import BudgetEvictor
-from agnostic_cache.eviction.evictor import Entries
+from agnostic_cache.eviction.policy import Policy
 
 
-class FIFOEvictor(BudgetEvictor):
-    """Evict in the order of insertion. The order is that of the dict.
+class FIFO(Policy):
+    """Evict in the order of insertion; an overwritten entry is a new one.
 
     Source: the textbook's first-in first-out; the yardstick that another policy must beat.
     """
 
-    def update_on_get(self, key: Any, cache_dict: Entries) -> None:
-        """Look that the entry is there, and change nothing."""
-        cache_dict[key]
+    def reset(self) -> None:
+        """See `Policy.reset`."""
+        self._keys: OrderedDict[Any, None] = OrderedDict()
 
-    def _order(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
-        return iter(cache_dict)
+    def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:  # noqa: ARG002
+        """See `Policy.added`."""
+        self._keys[key] = None
+        self._keys.move_to_end(key)
 
-    def _strangers(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
-        return iter(())  # the dict knows everybody
+    def used(self, key: Any) -> None:
+        """See `Policy.used`. Changes nothing."""
+        self._keys[key]
+
+    def gone(self, key: Any, *, evicted: bool = False) -> None:  # noqa: ARG002
+        """See `Policy.gone`."""
+        self._keys.pop(key, None)
+
+    def order(self) -> Iterator[Any]:
+        """See `Policy.order`."""
+        return iter(self._keys)

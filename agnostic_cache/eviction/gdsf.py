@@ -1,20 +1,20 @@
-"""GDSFEvictor: what is cheap to compute again, per byte, leaves first."""
+"""GDSF: what is cheap to compute again, per byte, leaves first."""
 
-from agnostic_cache.eviction.greedy_dual import GreedyDualEvictor
+from agnostic_cache.eviction.lfu import LFU, _Node
 
 
-class GDSFEvictor(GreedyDualEvictor):
-    """Evict by priority = uses * cost / size + priority of the last victim.
+class GDSF(LFU):
+    """Evict by priority = uses * cost / bytes + priority of the last victim.
 
-    The cost is what the container says at `update_on_put`, by default the size: then this is `LFUEvictor`. For blocks
-    of a prompt, `recompute_cost` gives one.
+    The cost is what the container says when it adds a key, by default the bytes: then this is `LFU`. For blocks of a
+    prompt, `recompute_cost` gives one.
 
     Source: L. Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs
     1998; P. Cao, S. Irani, "Cost-aware WWW proxy caching algorithms", USITS 1997.
     """
 
-    def _worth(self, uses: int, density: float) -> float:
-        return uses * density
+    def _worth(self, node: _Node) -> float:
+        return node.uses * node.density
 
 
 def recompute_cost(start: int, stop: int, *, balance: int = 32768) -> float:

@@ -1,4 +1,4 @@
-"""Ghosts: the keys of victims, remembered for a while, to know who comes back."""
+"""Ghosts: the keys of victims, remembered for a while, to know which come back."""
 
 from collections import OrderedDict
 from typing import Any
@@ -11,15 +11,14 @@ class Ghosts:
 
     def __init__(self) -> None:
         """Start with none."""
-        self._ghosts: OrderedDict[Any, tuple[int, int]] = OrderedDict()  # (bytes, bytes that had left when it did)
+        self._ghosts: OrderedDict[Any, tuple[int, int]] = OrderedDict()  # (bytes, bytes evicted until then)
         self._nbytes = 0  # of the entries that they stand for
-        self._left = 0  # bytes, ever
+        self._left = 0  # bytes evicted, ever
 
     def add(self, key: Any, nbytes: int, most: float) -> None:
         """Remember a victim, and no more of them than stand for `most` bytes."""
+        self.recall(key)
         ghosts = self._ghosts
-        if key in ghosts:
-            self.recall(key)
         self._left += nbytes
         self._nbytes += nbytes
         ghosts[key] = (nbytes, self._left)
@@ -27,7 +26,7 @@ class Ghosts:
             self._nbytes -= ghosts.popitem(last=False)[1][0]
 
     def recall(self, key: Any) -> int | None:
-        """Forget who comes back; return how many bytes left after it, or None where it is not remembered."""
+        """Forget a key that comes back; return how many bytes were evicted after it, or None where it is no ghost."""
         ghost = self._ghosts.pop(key, None)
         if ghost is None:
             return None

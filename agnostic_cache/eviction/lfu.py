@@ -1,13 +1,99 @@
-"""LFUEvictor: the least frequently used entry leaves first, and old fame fades."""
+"""LFU: the least frequently used entry leaves first, and old fame fades."""
 
-from agnostic_cache.eviction.greedy_dual import GreedyDualEvictor
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
+from typing import Any
+
+from agnostic_cache.eviction.policy import Policy
 
 
-class LFUEvictor(GreedyDualEvictor):
+class _Node:
+    """What is known of a key."""
+
+    __slots__ = ("density", "key", "place", "uses")
+
+    place: "_Place | None"  # as used last, that in the heap may be older; None where the key is gone
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
+        self.uses = 0
+        self.density = 1.0  # cost per byte
+
+
+_Place = tuple[float, int, _Node]
+"""A place in the order: priority, when it was given, and to which key."""
+
+
+class LFU(Policy):
     """Evict what was used the least, with dynamic ageing: priority = uses + priority of the last victim.
 
-    Source: M. Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000 (LFU-DA).
+    The second summand, taken at each use, is the ageing: what was used much long ago falls behind what is used less
+    now. Of equals, the one that was used longest ago leaves first. A use costs O(1), an eviction O(log n).
+
+    Source: M. Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000 (LFU-DA); N. E.
+    Young, "The k-server dual and loose competitiveness for paging", Algorithmica 1994.
     """
 
-    def _worth(self, uses: int, density: float) -> float:  # noqa: ARG002
-        return uses
+    def reset(self) -> None:
+        """See `Policy.reset`."""
+        self._age = 0.0  # priority of the last victim
+        self._turns = count()
+        self._nodes: dict[Any, _Node] = {}
+        self._heap: list[_Place] = []  # holds: one place per node, and some of keys that are gone
+
+    def _worth(self, node: _Node) -> float:
+        """Return what an entry is worth, before ageing."""
+        return node.uses
+
+    def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:
+        """See `Policy.added`. Counts as a use, of an overwritten entry too."""
+        old = self._nodes.get(key)
+        node = old or _Node(key)
+        node.density = 1.0 if cost is None or not nbytes else cost / nbytes
+        place = self._use(node)
+        if old is None:
+            heappush(self._heap, place)
+            self._nodes[key] = node
+
+    def used(self, key: Any) -> None:
+        """See `Policy.used`. Raises the key's priority; the heap learns of it when the old place comes up."""
+        self._use(self._nodes[key])
+
+    def _use(self, node: _Node) -> _Place:
+        node.uses += 1
+        node.place = place = (self._age + self._worth(node), next(self._turns), node)
+        return place
+
+    def gone(self, key: Any, *, evicted: bool = False) -> None:
+        """See `Policy.gone`. Where it is evicted, its priority is what later uses start from."""
+        node = self._nodes.pop(key, None)
+        if node is None or node.place is None:
+            return
+        if evicted:
+            self._age = node.place[0]
+        node.place = None
+        heap = self._heap
+        if len(heap) > 64 + 2 * len(self._nodes):
+            heap[:] = [there.place for there in self._nodes.values() if there.place]
+            heapify(heap)
+        while heap and heap[0][2].place is not heap[0]:
+            if newer := heap[0][2].place:
+                heapreplace(heap, newer)
+            else:
+                heappop(heap)
+
+    def order(self) -> Iterator[Any]:
+        """See `Policy.order`. Walks down the heap, and puts where it belongs what was used since."""
+        heap = self._heap
+        ahead: list[tuple[_Place, int]] = [(heap[0], 0)] if heap else []  # and its index in the heap
+        while ahead:
+            place, at = heappop(ahead)
+            node = place[2]
+            if at >= 0:
+                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                    heappush(ahead, (heap[child], child))
+            if node.place is place:
+                yield node.key
+            elif node.place:
+                heappush(ahead, (node.place, -1))

@@ -1,23 +1,26 @@
-"""Policies by name."""
+"""Policies by name, and how a container makes the one that it was asked to use."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from agnostic_cache.errors import UnknownPolicyError
-from agnostic_cache.eviction.adaptive import AdaptiveEvictor
-from agnostic_cache.eviction.budget import BudgetEvictor
 from agnostic_cache.eviction.evictor import BaseEvictor
-from agnostic_cache.eviction.fifo import FIFOEvictor
-from agnostic_cache.eviction.gdsf import GDSFEvictor
-from agnostic_cache.eviction.lfu import LFUEvictor
-from agnostic_cache.eviction.lru import LRUEvictor
-from agnostic_cache.eviction.quota import QuotaEvictor
-from agnostic_cache.eviction.s3fifo import S3FIFOEvictor
-from agnostic_cache.eviction.ttl import TTLEvictor
-from agnostic_cache.eviction.wrapping import WrappingEvictor
+from agnostic_cache.eviction.lmcache import (
+    AdaptiveEvictor,
+    BudgetEvictor,
+    FIFOEvictor,
+    GDSFEvictor,
+    LFUEvictor,
+    LRUEvictor,
+    QuotaEvictor,
+    S3FIFOEvictor,
+    TTLEvictor,
+    policy_of,
+)
+from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.sizes import parse_size
 
-POLICIES: Mapping[str, Callable[[], BudgetEvictor | WrappingEvictor]] = MappingProxyType(
+POLICIES: Mapping[str, Callable[[], BudgetEvictor]] = MappingProxyType(
     {
         "adaptive": AdaptiveEvictor,
         "fifo": FIFOEvictor,
@@ -29,30 +32,51 @@ POLICIES: Mapping[str, Callable[[], BudgetEvictor | WrappingEvictor]] = MappingP
         "ttl": lambda: TTLEvictor(LRUEvictor()),
     }
 )
-"""Makes a policy of each name, with what it takes by default: ``ttl`` and ``quota`` wrap ``lru``."""
+"""Makes an evictor of each name, with what it takes by default: ``ttl`` and ``quota`` wrap ``lru``."""
 
 
-def make_evictor(policy: str | BaseEvictor, max_bytes: int | str) -> BaseEvictor:
-    """Return the evictor that a container was asked to use.
+def make_evictor(policy: str | BaseEvictor | Policy, max_bytes: int | str) -> BaseEvictor:
+    """Return an evictor of LMCache's kind.
 
     >>> make_evictor("lru", "4KiB").MAX_CACHE_SIZE
     4096
 
     Args:
-        policy: The name of one of `POLICIES`, or an instance that serves no other container. Its maximum, if it has
-            one, is set to `max_bytes`: a container has one budget.
-        max_bytes: The budget of the container, such as ``"4GiB"``.
+        policy: The name of one of `POLICIES`, an evictor, or a policy that serves nobody else. The maximum of the
+            evictor, if it has one, is set to `max_bytes`.
+        max_bytes: The budget, such as ``"4GiB"``.
 
     Raises:
-        UnknownPolicyError: There is no policy of that name, or `policy` is no evictor.
+        UnknownPolicyError: There is no policy of that name, or `policy` is none.
         InvalidSizeError: `max_bytes` is no size.
     """
     nbytes = parse_size(max_bytes)
     if isinstance(policy, str) and policy in POLICIES:
-        policy = POLICIES[policy]()
-    if not isinstance(policy, BaseEvictor):
-        msg = f"evictor={policy!r} is unknown; known: {', '.join(map(repr, POLICIES))}, or pass a BaseEvictor"
+        evictor: object = POLICIES[policy]()
+    else:
+        evictor = BudgetEvictor(policy=policy) if isinstance(policy, Policy) else policy
+    if not isinstance(evictor, BaseEvictor):
+        msg = (
+            f"evictor={policy!r} is unknown; known: {', '.join(map(repr, POLICIES))}, or pass a Policy or a BaseEvictor"
+        )
         raise UnknownPolicyError(msg)
-    if isinstance(policy, BudgetEvictor | WrappingEvictor):
-        policy.MAX_CACHE_SIZE = nbytes
-    return policy
+    if isinstance(evictor, BudgetEvictor):
+        evictor.MAX_CACHE_SIZE = nbytes
+    return evictor
+
+
+def make_policy(evictor: str | BaseEvictor | Policy, max_bytes: int | str) -> Policy:
+    """Return the policy that a container was asked to use, with its budget.
+
+    Args:
+        evictor: As in `make_evictor`. One of ours gives its policy; one whose class overrides what ours do is asked
+            itself, by an `EvictorPolicy`.
+        max_bytes: The budget of the container, such as ``"4GiB"``.
+
+    Raises:
+        UnknownPolicyError: There is no policy of that name, or `evictor` is none.
+        InvalidSizeError: `max_bytes` is no size.
+    """
+    made = policy_of(make_evictor(evictor, max_bytes))
+    made.max_bytes = parse_size(max_bytes)
+    return made

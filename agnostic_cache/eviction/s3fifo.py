@@ -1,120 +1,113 @@
-"""S3FIFOEvictor: a small queue for newcomers, a main queue for what came back; quick to drop what is used once."""
+"""S3FIFO: a small queue for newcomers, a main queue for what came back; quick to drop what is used once."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from agnostic_cache.eviction.budget import BudgetEvictor
-from agnostic_cache.eviction.evictor import Entries
 from agnostic_cache.eviction.ghosts import Ghosts
+from agnostic_cache.eviction.policy import Policy
 
-_Queue = OrderedDict[Any, int]
-"""Sizes by key, the next to leave first."""
+_USES_MAX = 3  # two bits, as in the paper
 
 
-class S3FIFOEvictor(BudgetEvictor):
+class S3FIFO(Policy):
     """Evict from three first-in first-out queues.
 
-    A newcomer enters the small queue, a tenth of the bytes. At its end, who was used twice moves on to the main queue;
-    the others leave, and a ghost queue remembers their keys: who comes back while remembered enters the main queue at
-    once. At the end of the main queue, each use (up to three) buys another round.
+    A newcomer enters the small queue, a tenth of the bytes. At its end, an entry that was used twice moves on to the
+    main queue; the others leave, and a ghost queue remembers their keys: what comes back while remembered enters the
+    main queue at once. At the end of the main queue, each use (up to three) buys another round.
 
     Source: J. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The threshold and the size of
     the small queue are those of its authors' libCacheSim; the ghosts stand for as many bytes as the cache holds.
     """
 
+    settings = ("small_share", "ghost_share", "uses_to_stay")
     small_share = 0.1
     ghost_share = 1.0
     uses_to_stay = 2
 
     def reset(self) -> None:
-        """Forget every entry, and the ghosts."""
-        super().reset()
-        self._small: _Queue = OrderedDict()
-        self._main: _Queue = OrderedDict()
-        self._main_nbytes = 0
+        """See `Policy.reset`. Forgets the ghosts, too."""
+        self._small: OrderedDict[Any, int] = OrderedDict()  # bytes by key, the next to leave first
+        self._main: OrderedDict[Any, int] = OrderedDict()
+        self._main_nbytes = 0  # holds: the sum of _main
+        self._uses: dict[Any, int] = {}  # of each key, since it came into its queue
         self._ghosts = Ghosts()
-        self._uses: dict[Any, int] = {}  # since the entry came into its queue, at most 3
-        self._log: list[tuple[_Queue, Any, int, int]] = []  # who was taken from the front of which queue, in a decision
 
-    def update_on_get(self, key: Any, cache_dict: Entries) -> None:
-        """Count the use; no queue changes."""
+    def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:  # noqa: ARG002
+        """See `Policy.added`. An overwritten entry keeps its place."""
         if key not in self._uses:
-            self._learn(key, cache_dict)
+            self._uses[key] = 0
+            came_back = self._ghosts.recall(key) is not None
+        else:
+            came_back = key in self._main
+        if came_back:
+            self._main_nbytes += nbytes - self._main.get(key, 0)
+            self._main[key] = nbytes
+        else:
+            self._small[key] = nbytes
+
+    def used(self, key: Any) -> None:
+        """See `Policy.used`. Counts the use; no queue changes."""
         uses = self._uses[key]
-        if uses < 3:  # noqa: PLR2004 - two bits, as in the paper
+        if uses < _USES_MAX:
             self._uses[key] = uses + 1
 
-    def _enter(self, key: Any, size: int, cost: float | None) -> None:  # noqa: ARG002
-        if key in self._uses:
-            if key in self._main:
-                self._main_nbytes += size - self._main[key]
-                self._main[key] = size
-            else:
-                self._small[key] = size
+    def gone(self, key: Any, *, evicted: bool = False) -> None:
+        """See `Policy.gone`. Where it is evicted, what stood before it in the queues has moved on."""
+        if key not in self._uses:
             return
-        self._uses[key] = 0
-        if self._ghosts.recall(key) is not None:
-            self._main[key] = size
-            self._main_nbytes += size
-        else:
-            self._small[key] = size
-
-    def _leave(self, key: Any) -> None:
+        if evicted:
+            self._move_on(key)
         del self._uses[key]
-        if self._small.pop(key, None) is None:
+        nbytes = self._small.pop(key, None)
+        if nbytes is None:
             self._main_nbytes -= self._main.pop(key)
+        elif evicted:
+            self._ghosts.add(key, nbytes, self.max_bytes * self.ghost_share)
 
-    def _order(self, cache_dict: Entries, leaving: Sequence[Any]) -> Iterator[Any]:  # noqa: ARG002
-        small, main, uses, log = self._small, self._main, self._uses, self._log
-        main_max = self.MAX_CACHE_SIZE * (1 - self.small_share)
-        while small or main:
-            queue = main if self._main_nbytes > main_max or not small else small
-            key, size = queue.popitem(last=False)
-            used = uses[key]
-            log.append((queue, key, size, used))
-            if queue is main:
-                if used:
-                    uses[key] = used - 1
-                    main[key] = size
-                else:
-                    self._main_nbytes -= size
-                    yield key
-            elif used >= self.uses_to_stay:
-                uses[key] = 0
-                main[key] = size
-                self._main_nbytes += size
+    def order(self) -> Iterator[Any]:
+        """See `Policy.order`."""
+        return self._walk([])
+
+    def _move_on(self, victim: Any) -> None:
+        """Move to the end of the main queue what has its turn before the victim, and stays."""
+        moved: list[tuple[Any, int, int]] = []
+        for key in self._walk(moved):
+            if key == victim:
+                break
+        for key, nbytes, uses in moved:
+            self._uses[key] = uses
+            if self._small.pop(key, None) is None:
+                self._main.move_to_end(key)
             else:
-                yield key
+                self._main[key] = nbytes
+                self._main_nbytes += nbytes
 
-    def _decided(self, leaving: Sequence[Any]) -> None:
-        log, uses, small = self._log, self._uses, self._small
-        if not leaving:  # refused: everybody back to where they were
-            for queue, key, size, used in reversed(log):
-                if key in self._main:
-                    self._main_nbytes -= self._main.pop(key)
-                self._put_back(queue, key, size)
-                uses[key] = used
-            log.clear()
-            return
-        most, remember = self.MAX_CACHE_SIZE * self.ghost_share, self._ghosts.add
-        taken = {key: (queue, size) for queue, key, size, _ in log}
-        for key in leaving:
-            if key not in taken:  # it was not known until now
-                self._leave(key)
-                continue
-            del uses[key]
-            queue, size = taken[key]
-            if queue is small:
-                remember(key, size, most)
-        if len(log) > len(leaving):
-            for queue, key, size, _ in reversed(log):
-                if key in uses and key not in self._main:  # was passed over
-                    self._put_back(queue, key, size)
-        log.clear()
-
-    def _put_back(self, queue: _Queue, key: Any, size: int) -> None:
-        queue[key] = size
-        queue.move_to_end(key, last=False)
-        if queue is self._main:
-            self._main_nbytes += size
+    def _walk(self, moved: list[tuple[Any, int, int]]) -> Iterator[Any]:
+        """Yield the victims in order; note in `moved` what moves on before each: key, bytes, and uses left to it."""
+        main_nbytes, main_max = self._main_nbytes, self.max_bytes * (1 - self.small_share)
+        small, main = iter(self._small.items()), iter(self._main.items())
+        newest, oldest = next(small, None), next(main, None)
+        again = 0  # index in moved, which stands behind the main queue
+        while newest or oldest or again < len(moved):
+            if newest and main_nbytes <= main_max:
+                (key, nbytes), uses = newest, 0
+                newest = next(small, None)
+                if self._uses[key] < self.uses_to_stay:
+                    yield key
+                    continue
+                main_nbytes += nbytes
+            else:
+                if oldest:
+                    (key, nbytes), uses = oldest, self._uses[oldest[0]]
+                    oldest = next(main, None)
+                else:
+                    key, nbytes, uses = moved[again]
+                    again += 1
+                if not uses:
+                    main_nbytes -= nbytes
+                    yield key
+                    continue
+                uses -= 1
+            moved.append((key, nbytes, uses))

@@ -1,87 +1,66 @@
-"""An entry of a `StateCache`, and the lease on it that `StateCache.borrow` gives."""
+"""Leases on the entries of a `StateCache`: `Borrow` on one, `Borrows` on several."""
 
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from agnostic_cache.arrays.adapter import Storage
-from agnostic_cache.errors import BorrowViolationError
+from agnostic_cache.errors import BorrowViolationError, BusyError, LeaseUsedError
+from agnostic_cache.held.entry import Entry, Key, Operation, check_key
+from agnostic_cache.held.exits import Exits, raise_all
 from agnostic_cache.state.kv_state import KVState
 
-if TYPE_CHECKING:
-    from agnostic_cache.held.state_cache import StateCache
-
-Key = str | int | bytes | tuple[Any, ...]
-"""A key: a str, int or bytes, or a tuple of keys."""
-
-
-class Entry:
-    """One state in a cache. Guarded by the cache's lock, but for `state` itself, which never changes.
-
-    Attributes:
-        key: Its key.
-        state: What is kept. Deleted when it is handed out.
-        storages: The memory that the entry counts for.
-        as_state: A `KVState` was put: such are handed out.
-        borrows: Open leases on it.
-        pins: `pin` calls that no `unpin` has taken back.
-        listed: It can be found.
-        shares: It left, and other entries hold some of its arrays.
-        queued: Computations may still read it when a borrow of it has ended; see `Adapter.is_queued`.
-    """
-
-    __slots__ = ("as_state", "borrows", "key", "listed", "pins", "queued", "shares", "state", "storages")
-
-    def __init__(self, key: Key, state: KVState, storages: list[Storage], *, as_state: bool) -> None:
-        """Make an entry that is not listed yet."""
-        self.key = key
-        self.state = state
-        self.storages = storages
-        self.as_state = as_state
-        self.borrows = 0
-        self.pins = 0
-        self.listed = False
-        self.shares = False
-        self.queued = any(map(state.adapter.is_queued, {storage.device for storage in storages}))
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether eviction passes it over."""
-        return bool(self.borrows or self.pins)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory, whoever else holds some of it."""
-        return sum(storage.nbytes for storage in self.storages)
+_ENDED = "borrowed, and its borrow has ended"
 
 
 class Borrow:
-    """A lease on one entry, from `StateCache.borrow`: a context manager, used once."""
+    """A lease on one entry, from `StateCache.borrow`: a context manager."""
 
-    __slots__ = ("_cache", "_entry", "_key", "_lent", "_marks", "_raw")
+    __slots__ = ("_debug", "_exits", "_key", "_lent", "_marks", "_operation", "_raw")
 
-    def __init__(self, cache: "StateCache", key: Key, raw: bool) -> None:  # noqa: FBT001 - a keyword costs 0.1 us
+    def __init__(self, exits: Exits, key: Key, raw: bool, debug: bool) -> None:  # noqa: FBT001 - keywords cost 0.1 us
         """Lease nothing yet: that is done on entering."""
-        self._cache = cache
+        self._exits = exits
         self._key = key
         self._raw = raw
-        self._entry: Entry | None = None
+        self._debug = debug
+        self._operation: Operation | None = None
+        self._lent: KVState | None = None
 
     def __enter__(self) -> Any | None:
-        """Lend the state, or None where the key is not there."""
-        entry = self._cache._acquire(self._key)
-        if entry is None:
-            return None
+        """Lend the state, or None where the key is not there.
+
+        Raises:
+            LeaseUsedError: This borrow is open already; it stays open.
+            InvalidKeyError: The key is no key.
+        """
+        if self._operation is not None:
+            msg = f"this borrow of {self._key!r} is open already; call borrow() once for each with block"
+            raise LeaseUsedError(msg)
+        key, exits = self._key, self._exits
+        if type(key) is not str:
+            check_key(key)
+        holdings = exits.holdings
+        if not holdings.later.empty():
+            raise_all(exits.drain())
+        self._operation = operation = exits.operation()
         try:
-            self._lent = lent = entry.state.lend()
-            if self._cache._debug:
-                self._marks = entry.state.checksums()
-            given = lent if self._raw or entry.as_state else lent.unwrap()
+            lent = holdings.run(holdings.lend, operation, (key,), True)  # noqa: FBT003
+            if not lent:
+                self._end(operation)
+                return None
+            state = lent[0].state
+            assert state is not None  # noqa: S101 - a lent entry is not freed
+            if self._debug:
+                self._marks = state.checksums()
+            self._lent = lent_state = state.lend()
+            return lent_state if self._raw or lent[0].as_state else lent_state.unwrap()
+        except BusyError:  # a finaliser, in the middle of another call
+            self._operation = None
+            return None
         except BaseException:
-            self._cache._give_back(entry)
+            self._end(operation)
             raise
-        self._entry = entry
-        return given
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -91,25 +70,35 @@ class Borrow:
         Raises:
             BorrowViolationError: ``debug=True``, and the borrower wrote, donated or deleted; the entry is dropped.
         """
-        entry = self._entry
-        if entry is None:
-            return False
-        self._entry = None
-        try:
-            if self._cache._debug:
-                self._check(entry)
-            if entry.queued:
-                entry.state.mark_read()
-        finally:
-            self._lent.end("borrowed, and its borrow has ended")
-            self._cache._give_back(entry)
+        operation = self._operation
+        if operation is not None:
+            try:
+                if self._debug and operation.lent:
+                    self._check(operation, operation.lent[0])
+            finally:
+                self._end(operation)
         return False
 
-    def _check(self, entry: Entry) -> None:
-        found = entry.state.checksums()
+    def _end(self, operation: Operation) -> None:
+        if self._lent is not None:
+            self._lent.end(_ENDED)
+        try:
+            self._exits.finish(operation)
+        except BaseException:
+            self._exits.leave(operation)
+            raise
+        finally:
+            self._operation = self._lent = None
+        if operation.errors:
+            errors, operation.errors = [*operation.errors], ()
+            raise_all(errors)
+
+    def _check(self, operation: Operation, entry: Entry) -> None:
+        found = {} if entry.state is None else entry.state.checksums()
         changed = sorted(name for name, mark in self._marks.items() if found[name] != mark)
         if changed:
-            self._cache._drop(entry)
+            holdings = self._exits.holdings
+            holdings.run(holdings.drop, operation, entry)
             what = "deleted or donated" if any(found[name] is None for name in changed) else "wrote"
             msg = (
                 f"the borrower of {self._key!r} {what} {changed[:4]}; use get() for a state to change. The entry is "
@@ -119,9 +108,11 @@ class Borrow:
 
     def __del__(self) -> None:
         """Give back what was never closed, and say so."""
-        entry = getattr(self, "_entry", None)
-        if entry is not None:
-            self._cache._abandon(entry)
+        operation = getattr(self, "_operation", None)
+        if operation is not None:
+            if self._lent is not None:
+                self._lent.end(_ENDED)
+            self._exits.leave(operation)
             warnings.warn(
                 f"a borrow of {self._key!r} was never closed; use a with block", ResourceWarning, stacklevel=1
             )
@@ -130,34 +121,43 @@ class Borrow:
 class Borrows:
     """A lease on several entries at once, from `StateCache.borrow_all`: closed once, by whoever is done with it."""
 
-    __slots__ = ("_cache", "_entries", "_lent")
+    __slots__ = ("_exits", "_lent", "_operation")
 
-    def __init__(self, cache: "StateCache", entries: list[Entry]) -> None:
-        """Take over entries whose borrows are counted already."""
-        self._cache = cache
-        self._entries = entries
+    def __init__(self, exits: Exits, keys: Sequence[Key], use: bool) -> None:  # noqa: FBT001
+        """Lease what is under the first keys. A finaliser in the middle of another call gets nothing."""
+        self._exits = exits
         self._lent: list[KVState] = []
+        self._operation = operation = exits.operation()
+        try:
+            exits.holdings.run(exits.holdings.lend, operation, keys, use)
+        except BusyError:
+            return
 
     def __len__(self) -> int:
         """How many entries are lent."""
-        return len(self._entries)
+        return len(self._operation.lent)
 
     def states(self) -> list[KVState]:
         """Return the state under each key, raising `ReleasedError` once the lease is closed. Copies nothing."""
         if not self._lent:
-            self._lent = [entry.state.lend() for entry in self._entries]
+            self._lent = [entry.state.lend() for entry in self._operation.lent if entry.state is not None]
         return self._lent
 
     def close(self) -> None:
         """End the lease. Idempotent."""
-        entries, self._entries = self._entries, []
         for lent in self._lent:
-            lent.end("borrowed, and its borrow has ended")
+            lent.end(_ENDED)
         self._lent = []
-        if entries:
-            self._cache._give_back_all(entries)
+        operation = self._operation
+        self._exits.finish(operation)
+        if operation.errors:
+            errors, operation.errors = [*operation.errors], ()
+            raise_all(errors)
 
     def __del__(self) -> None:
         """Give back what was never closed."""
-        for entry in self._entries:
-            self._cache._abandon(entry)
+        operation = getattr(self, "_operation", None)
+        if operation is not None and operation.lent:
+            for lent in self._lent:
+                lent.end(_ENDED)
+            self._exits.leave(operation)

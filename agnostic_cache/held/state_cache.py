@@ -1,24 +1,24 @@
 """StateCache: states under keys of one's own, within a budget of bytes, freed the moment they leave.
 
-Requirements that shape it: accounting is exact after any sequence of calls, failed ones included; no lock is held
-during a copy, a device call or a callback; an entry that is borrowed is never freed under its reader.
+Requirements that shape it: accounting is exact after any sequence of calls, failed and interrupted ones included; no
+lock is held during a copy, a device call or a callback; an entry that is borrowed is never freed under its reader.
 """
 
-import os
-import threading
-import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from time import sleep
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from agnostic_cache.arrays.adapter import Adapter, Storage
+from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.cache import Cache
-from agnostic_cache.errors import BorrowedError, CacheCopyError, InvalidKeyError
+from agnostic_cache.errors import CacheCopyError, ReleasedError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
-from agnostic_cache.eviction.registry import make_evictor
-from agnostic_cache.held.lease import Borrow, Borrows, Entry, Key
-from agnostic_cache.held.ledger import Ledger
+from agnostic_cache.eviction.policy import Policy
+from agnostic_cache.eviction.registry import make_policy
+from agnostic_cache.held.entry import Entry, Key, Operation, check_key, total
+from agnostic_cache.held.exits import Exits, raise_all
+from agnostic_cache.held.holdings import Holdings
+from agnostic_cache.held.lease import Borrow, Borrows
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.wrapping import adopt
@@ -56,40 +56,6 @@ class StateCacheStats(NamedTuple):
     evictions: int
 
 
-class _Room:
-    """The `Room` of a newcomer: limits per device, and memory that entries share."""
-
-    __slots__ = ("_entries", "_gone", "_ledger")
-
-    def __init__(self, ledger: Ledger, entries: Mapping[Key, Entry]) -> None:
-        self._ledger = ledger
-        self._entries = entries
-        self._gone: dict[Entry, None] = {}
-
-    def short(self) -> bool:
-        return bool(self._ledger.over())
-
-    def let_go(self, key: Key) -> bool:
-        entry, over = self._entries[key], self._ledger.over()
-        helps = None in over or any(storage.device in over for storage in entry.storages)
-        if helps:
-            self.count_gone(entry)
-        return helps
-
-    def count_gone(self, entry: Entry) -> None:
-        if entry not in self._gone:
-            self._ledger.drop(entry.storages)
-            self._gone[entry] = None
-
-    def forget(self) -> None:
-        for entry in self._gone:
-            self._ledger.add(entry.storages)
-
-
-_Errors = list[BaseException]
-"""What callbacks raised, to be raised when the operation is done."""
-
-
 class StateCache(Cache):
     """A bounded cache of model states that owns what it keeps.
 
@@ -105,20 +71,22 @@ class StateCache(Cache):
     128
 
     Native in, native out: `put` takes a native value or a `KVState`, and the other methods hand back the type that was
-    put. Safe to use from several threads, and from finalisers: what one of these gives back, removes or clears in the
-    middle of another call of its thread is done before the next call, and the rest finds nothing there. In a forked
-    child the cache is empty and frees nothing.
+    put. Safe to use from several threads, and from finalisers: what one of these gives back, removes, clears or pins in
+    the middle of another call of its thread is done before the next call, and the rest finds nothing there. An
+    interrupt (Ctrl-C) may come anywhere: what it keeps a call from freeing is freed by the next. In a forked child the
+    cache is empty and frees nothing.
     """
 
     def __init__(
         self,
         max_bytes: int | str | Mapping[str, int | str],
         *,
-        evictor: str | BaseEvictor = "adaptive",
+        evictor: str | Policy | BaseEvictor = "adaptive",
         on_evict: Callable[[Any], object] | None = None,
         adapter: Adapter | str | None = None,
         trace: Trace | None = None,
         debug: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an empty cache.
 
@@ -135,37 +103,23 @@ class StateCache(Cache):
             trace: Hook that is told of puts, evictions and releases.
             debug: Check at the end of each borrow that the borrower neither wrote, donated nor deleted. Slow: reads
                 every byte.
+            clock: Seconds, for pins that end by themselves.
 
         Raises:
             InvalidSizeError: `max_bytes` is no size.
-            UnknownPolicyError: `evictor` is none of the house.
+            UnknownPolicyError: `evictor` is unknown.
         """
         budgets: Mapping[Any, int | str] = max_bytes if isinstance(max_bytes, Mapping) else {None: max_bytes}
-        self._limits: dict[str | None, int] = {device: parse_size(size) for device, size in budgets.items()}
-        self._evictor = make_evictor(evictor, sum(self._limits.values()))
-        never = type(self._evictor).has_expired is BaseEvictor.has_expired
-        self._has_expired = None if never else self._evictor.has_expired  # a borrow takes 2 us: no call that says no
-        self._on_evict = on_evict
+        limits: dict[str | None, int] = {device: parse_size(size) for device, size in budgets.items()}
+        self._holdings = Holdings(limits, make_policy(evictor, sum(limits.values())), clock)
+        self._exits = Exits(self._holdings, on_evict, trace)
         self._adapter = adapter
         self._trace = trace
         self._debug = debug
-        self._start()
-        _caches.add(self)
 
-    def _start(self) -> None:
-        # Guards everything below; held for dict operations and counting only. Where many threads come at once, it is
-        # taken by `_take_in_turn`, in a try that gives it back whatever interrupts.
-        self._lock = threading.RLock()
-        # The garbage collector runs finalisers anywhere, also in a thread that holds the lock. What these ask of the
-        # cache is put off where nobody waits for an answer (to give back, to remove, to clear), and denied otherwise.
-        self._in_finaliser: Callable[[], bool] = getattr(self._lock, "_is_owned")  # noqa: B009 - as threading.Condition
-        self._entries: OrderedDict[Key, Entry] = OrderedDict()
-        self._evictor.reset()
-        self._unlisted: set[Entry] = set()  # left the listing, still borrowed
-        self._ledger = Ledger(self._limits)  # holds: one holder per entry of _entries and _unlisted
-        self._put_off: deque[tuple[Callable[[StateCache, Any], object], Any]] = deque()  # appended without the lock
-        self._orphans: list[tuple[int, Callable[[], bool]]] = []  # evicted storages that forks keep: (size, alive)
-        self._hits = self._misses = self._puts = self._refused = self._evictions = 0
+    @property
+    def _lock(self) -> Lock:
+        return self._holdings.lock
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
@@ -186,103 +140,46 @@ class StateCache(Cache):
 
         Raises:
             InvalidKeyError: `key` is no key.
+            PinLimitError: `key` is pinned, and with this value pins would keep more than half of the budget.
             AgnosticCacheError: The value cannot be kept; see `wrap`. The cache is as it was.
         """
-        _check_key(key)
+        check_key(key)
         as_state = isinstance(value, KVState)
         state: KVState = value if as_state else adopt(value, adapter=self._adapter)
         if as_state:
             state.leaves  # noqa: B018 - raises where it is gone
-        if self._in_finaliser():
+        if self._lock.is_mine():
             return PutStatus.ILLEGAL
-        errors = self._drain()
         take = self._move_in if move else self._copy_in
-        entry = take(key, state, errors, as_state, cost)
-        if entry is not None and self._trace is not None:
-            self._trace("state_cache.put", {"key": key, "nbytes": _nbytes(entry.storages), "moved": move})
-        _raise_all(errors)
-        return PutStatus.LEGAL if entry is not None else PutStatus.ILLEGAL
+        kept = self._exits.do(lambda operation: take(operation, key, state, cost, as_state))
+        return PutStatus.LEGAL if kept else PutStatus.ILLEGAL
 
-    def _move_in(
-        self,
-        key: Key,
-        state: KVState,
-        errors: _Errors,
-        as_state: bool,  # noqa: FBT001
-        cost: float | None,
-    ) -> Entry | None:
+    def _move_in(self, operation: Operation, key: Key, state: KVState, cost: float | None, as_state: bool) -> bool:  # noqa: FBT001
         storages = state.storages()
-        with self._lock:
-            self._ledger.add(storages)
-            leaving = self._make_room(key, _nbytes(storages), cost)
-            if leaving is None:
-                self._ledger.drop(storages)
-                return None
-            entry = Entry(key, state.move(), storages, as_state=as_state)
-            self._list(entry)
-        self._evict(leaving, key, errors)
-        return entry
+        kept = self._holdings.run(
+            self._holdings.admit, operation, key, storages, cost,
+            lambda: Entry(key, state.move(), storages, cost, as_state=as_state),
+        )  # fmt: skip
+        if kept:
+            self._exits.evict(operation, key)
+            self._tell_put(key, total(storages), moved=True)
+        return kept
 
-    def _copy_in(
-        self,
-        key: Key,
-        state: KVState,
-        errors: _Errors,
-        as_state: bool,  # noqa: FBT001
-        cost: float | None,
-    ) -> Entry | None:
-        sizes = state.compact_nbytes().items()
-        with self._lock:
-            self._ledger.promise(sizes)
-            leaving = self._make_room(key, sum(nbytes for _, nbytes in sizes), cost)
-            if leaving is None:
-                self._ledger.settle(sizes)
-                return None
-        try:
-            self._evict(leaving, key, errors)
-            copied = state.copy()
-            entry = Entry(key, copied, copied.storages(), as_state=as_state)
-        except BaseException as error:  # noqa: BLE001 - also an interrupt; raised with what callbacks raised
-            with self._lock:
-                self._ledger.settle(sizes)
-                self._evictor.rollback(self._entries, key=key)
-            errors.append(error)
-            return None
-        with self._lock:
-            self._ledger.settle(sizes)
-            overtaken = self._unlist(key)  # another thread may have put the same key meanwhile
-            self._ledger.add(entry.storages)
-            self._list(entry)
-        self._free(overtaken, errors)
-        return entry
+    def _copy_in(self, operation: Operation, key: Key, state: KVState, cost: float | None, as_state: bool) -> bool:  # noqa: FBT001
+        holdings = self._holdings
+        if not holdings.run(holdings.admit, operation, key, state.compact_nbytes(), cost, None):
+            return False
+        self._exits.evict(operation, key)
+        copied = state.copy()
+        storages = copied.storages()
+        holdings.run(holdings.arrive, operation, Entry(key, copied, storages, cost, as_state=as_state))
+        self._exits.finish(operation)
+        self._tell_put(key, total(storages), moved=False)
+        return True
 
-    def _list(self, entry: Entry) -> None:
-        entry.listed = True
-        self._entries[entry.key] = entry
-        self._puts += 1
-
-    def _make_room(self, key: Key, nbytes: int, cost: float | None) -> list[Entry] | None:
-        """Unlist what must leave so that the budget holds, the entry under `key` first; None where it cannot.
-
-        The newcomer is already counted. Decides first, then acts, so that a refusal changes nothing.
-        """
-        old = self._entries.get(key)
-        room = _Room(self._ledger, self._entries)
-        if old is not None and not old.borrows:
-            room.count_gone(old)
-        victims, status = self._evictor.update_on_put(self._entries, nbytes, key=key, cost=cost, room=room)
-        chosen = [self._entries[victim] for victim in victims]
-        for entry in chosen:
-            room.count_gone(entry)
-        fits = status is PutStatus.LEGAL and not room.short()
-        room.forget()  # _unlist drops them again, and says what is to be freed
-        if not fits:
-            if status is PutStatus.LEGAL:
-                self._evictor.rollback(self._entries, key=key)
-            self._refused += 1
-            return None
-        self._evictions += len(chosen)
-        return [left for entry in (old, *chosen) if entry is not None for left in self._unlist(entry.key)]
+    def _tell_put(self, key: Key, nbytes: int, *, moved: bool) -> None:
+        if self._trace is not None:
+            self._trace("state_cache.put", {"key": key, "nbytes": nbytes, "moved": moved})
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -292,14 +189,18 @@ class StateCache(Cache):
         It is a copy; or, where the structure never writes in place (Hugging Face dynamic layers), a fork that shares
         memory without ever being seen to change. Makes the entry the newest.
         """
-        entry = self._acquire(key)
-        if entry is None:
+        check_key(key)
+        if self._lock.is_mine():
             return None
-        try:
-            forked = entry.state.fork()
-            return forked if entry.as_state else forked.unwrap()
-        finally:
-            self._give_back(entry)
+
+        def fork(operation: Operation) -> Any | None:
+            for entry in self._holdings.run(self._holdings.lend, operation, (key,), True):  # noqa: FBT003
+                if entry.state is not None:
+                    forked = entry.state.fork()
+                    return forked if entry.as_state else forked.unwrap()
+            return None
+
+        return self._exits.do(fork)
 
     def borrow(self, key: Key, *, raw: bool = False) -> Borrow:
         """Lend the state for the length of a ``with`` block: the native type in fresh containers, arrays shared.
@@ -311,7 +212,7 @@ class StateCache(Cache):
             key: The key.
             raw: Give a `KVState` that raises `ReleasedError` after the block, and build no containers.
         """
-        return Borrow(self, key, raw)
+        return Borrow(self._exits, key, raw, self._debug)
 
     def borrow_all(self, keys: Sequence[Key], *, use: bool = True) -> Borrows:
         """Lend what is under the first keys, up to the first that is not there, as raw `KVState`s.
@@ -323,29 +224,8 @@ class StateCache(Cache):
             keys: The keys.
             use: Whether this counts as a use of the entries; without it they are only kept from leaving.
         """
-        if self._in_finaliser():
-            return Borrows(self, [])
-        if self._put_off:
-            _raise_all(self._drain())
-        found: list[Entry] = []
-        lease = Borrows(self, found)  # first: from now on nothing can come between a count and who takes it back
-        lock = self._lock
-        try:
-            if not lock.acquire(blocking=False):
-                _take_in_turn(lock)
-            for key in keys:
-                entry = self._entries.get(key)
-                if entry is None or (self._has_expired and self._has_expired(key)):
-                    self._misses += 1
-                    break
-                entry.borrows += 1
-                found.append(entry)
-            for entry in reversed(found if use else ()):
-                self._evictor.update_on_get(entry.key, self._entries)
-            self._hits += len(found)
-        finally:
-            lock.release()
-        return lease
+        raise_all(self._exits.drain())
+        return Borrows(self._exits, keys, use)
 
     def pop(self, key: Key) -> Any | None:
         """Take the state out without releasing it: it is the caller's. None where `key` is not there.
@@ -353,27 +233,19 @@ class StateCache(Cache):
         Raises:
             BorrowedError: Somebody borrows it; it stays.
         """
-        _check_key(key)
-        if self._in_finaliser():
+        check_key(key)
+        if self._lock.is_mine():
             return None
-        _raise_all(self._drain())
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or (self._has_expired and self._has_expired(key)):
-                self._misses += 1
+
+        def take(operation: Operation) -> Any | None:
+            operation.hands_out = True
+            entry = self._holdings.run(self._holdings.take, operation, key)
+            if entry is None:
                 return None
-            if entry.borrows:
-                msg = f"pop({key!r}): {entry.borrows} borrow(s) are open; close them first, or use remove()"
-                raise BorrowedError(msg)
-            del self._entries[key]
-            self._evictor.update_on_remove(key, self._entries)
-            entry.listed = False
-            alone = self._ledger.drop(entry.storages)
-            entry.shares = len(alone) < len(entry.storages)
-            if entry.shares:
-                self._ledger.add(entry.storages)  # until `_hand_out` has copied what other entries hold too
-            self._hits += 1
-        return self._hand_out(entry)
+            self._exits.unwrap(entry)
+            return entry.handed.pop() if entry.handed else None
+
+        return self._exits.do(take)
 
     def remove(self, key: Key) -> bool:
         """Unlist the entry at once and release it, on the last return where somebody borrows it.
@@ -381,259 +253,109 @@ class StateCache(Cache):
         Returns:
             Whether it was there.
         """
-        _check_key(key)
-        if self._in_finaliser():
-            self._put_off.append((StateCache.remove, key))
-            return key in self._entries
-        errors = self._drain()
-        with self._lock:
-            found = key in self._entries
-            leaving = self._remove(key)
-        self._free(leaving, errors)
-        _raise_all(errors)
-        return found
+        check_key(key)
+        if self._lock.is_mine():
+            self._holdings.later.put((self.remove, key))
+            return key in self._holdings.entries
+        return self._remove([key], pins=False) > 0
 
     def clear(self) -> None:
-        """Do `remove` to every entry, pinned ones included."""
-        if self._in_finaliser():
-            self._put_off.extend((StateCache.remove, key) for key in list(self._entries))
-            return
-        errors = self._drain()
-        with self._lock:
-            leaving = [entry for key in list(self._entries) for entry in self._remove(key)]
-        self._free(leaving, errors)
-        _raise_all(errors)
+        """Do `remove` to every entry, pinned ones included, and end every pin."""
+        keys = list(self._holdings.entries)
+        if self._lock.is_mine():
+            self._holdings.later.put((lambda keys: self._remove(keys, pins=True), keys))
+        else:
+            self._remove(keys, pins=True)
+
+    def _remove(self, keys: Sequence[Key], *, pins: bool) -> int:
+        return self._exits.do(lambda operation: self._holdings.run(self._holdings.remove, operation, keys, pins))
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def contains(self, key: Key) -> bool:
         """Say whether `key` is there, without making it newer."""
-        _check_key(key)
-        _raise_all(self._drain())
-        with self._lock:
-            return key in self._entries and not (self._has_expired and self._has_expired(key))
+        check_key(key)
+        raise_all(self._exits.drain())
+        return key in self._holdings.entries and not self._holdings.has_expired(key)
 
-    def pin(self, key: Key) -> bool:
-        """Keep the entry from being evicted until as many `unpin`. Returns whether it is there."""
-        return self._pin(key, 1)
+    def pin(self, key: Key, *, ttl_seconds: float | None = None) -> bool:
+        """Keep what is under `key`, now or later, from being evicted until as many `unpin`, or `clear`.
+
+        The pin is the key's: whatever is put under it is protected, also where nothing is there yet.
+
+        Args:
+            key: The key.
+            ttl_seconds: How long the pin holds; by default until it is taken back.
+
+        Returns:
+            Whether the key is there.
+
+        Raises:
+            PinLimitError: Pinned entries would fill more than half of the budget. The key is not pinned.
+        """
+        return self.pin_all([key], ttl_seconds=ttl_seconds) > 0
+
+    def pin_all(self, keys: Sequence[Key], *, ttl_seconds: float | None = None) -> int:
+        """Do `pin` to all keys, or, where that raises, to none. Returns how many of them are there."""
+        for key in keys:
+            check_key(key)
+        if self._lock.is_mine():
+            self._holdings.later.put((lambda keys: self.pin_all(keys, ttl_seconds=ttl_seconds), keys))
+            return sum(key in self._holdings.entries for key in keys)
+        raise_all(self._exits.drain())
+        return self._holdings.run(self._holdings.pin, keys, ttl_seconds)
 
     def unpin(self, key: Key) -> bool:
-        """Take one `pin` back. Returns whether the entry is there."""
-        return self._pin(key, -1)
+        """Take one `pin` back, of several the one that would hold longest. Returns whether the key is there."""
+        return self.unpin_all([key]) > 0
 
-    def _pin(self, key: Key, step: int) -> bool:
-        _check_key(key)
-        _raise_all(self._drain())
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.pins = max(0, entry.pins + step)
-            return entry is not None
+    def unpin_all(self, keys: Sequence[Key]) -> int:
+        """Do `unpin` to all keys. Returns how many of them are there."""
+        for key in keys:
+            check_key(key)
+        if self._lock.is_mine():
+            self._holdings.later.put((self.unpin_all, keys))
+            return sum(key in self._holdings.entries for key in keys)
+        raise_all(self._exits.drain())
+        return self._holdings.run(self._holdings.unpin, keys)
 
     def current_size(self) -> int:
         """Return the number of entries."""
-        _raise_all(self._drain())
-        return len(self._entries)
+        raise_all(self._exits.drain())
+        return len(self._holdings.entries)
 
     @property
     def current_bytes(self) -> int:
         """Physical bytes of the entries and of what is deferred, each byte once."""
-        _raise_all(self._drain())
-        with self._lock:
-            return self._ledger.total
+        raise_all(self._exits.drain())
+        return self._holdings.look(self._holdings.nbytes)
 
     def stats(self) -> StateCacheStats:
-        """Return what the cache holds and did. Linear in entries and arrays; other threads wait meanwhile."""
-        _raise_all(self._drain())
-        with self._lock:
-            entries = self._entries.values()
-            total, listed = self._ledger.total, _unique_nbytes(entries)
-            borrowed = _unique_nbytes(entry for entry in (*entries, *self._unlisted) if entry.borrows)
-            self._orphans = [(nbytes, alive) for nbytes, alive in self._orphans if alive()]
-            shared = sum(entry.state.shared_nbytes() for entry in entries) + sum(nbytes for nbytes, _ in self._orphans)
-            counts = (self._hits, self._misses, self._puts, self._refused, self._evictions)
-            return StateCacheStats(len(entries), total, listed, total - listed, borrowed, shared, *counts)
+        """Return what the cache holds and did. Takes as long as there are entries lent, or read by `get` of forks."""
+        raise_all(self._exits.drain())
+        held = self._holdings
+        entries, current, deferred, orphans, counts = held.look(
+            lambda: (
+                len(held.entries), held.nbytes(), held.deferred_nbytes(), held.orphan_nbytes(),
+                (held.hits, held.misses, held.puts, held.refused, held.evictions),
+            )
+        )  # fmt: skip
+        borrowed = total(list({storage.key: storage for entry in held.lent() for storage in entry.storages}.values()))
+        shared = orphans + self._forked_nbytes()
+        return StateCacheStats(entries, current, current - deferred, deferred, borrowed, shared, *counts)
 
-    # --- leases ------------------------------------------------------------------------------------------------------
-
-    def _acquire(self, key: Key) -> Entry | None:
-        if type(key) is not str:
-            _check_key(key)
-        if self._in_finaliser():
-            return None
-        if self._put_off:
-            _raise_all(self._drain())
-        lock = self._lock
-        try:
-            if not lock.acquire(blocking=False):
-                _take_in_turn(lock)
-            entry = self._entries.get(key)
-            if entry is not None and not (self._has_expired and self._has_expired(key)):
-                self._evictor.update_on_get(key, self._entries)
-                entry.borrows += 1
-                self._hits += 1
-                return entry
-            self._misses += 1
-        finally:
-            lock.release()
-        if entry is not None:
-            self._expire(entry)
-        return None
-
-    def _give_back(self, entry: Entry) -> None:
-        if self._in_finaliser():
-            self._put_off.append((StateCache._give_back, entry))
-            return
-        lock = self._lock
-        try:
-            if not lock.acquire(blocking=False):
-                _take_in_turn(lock)
-            entry.borrows -= 1
-            if entry.listed or entry.borrows or entry not in self._unlisted:
-                return
-            self._unlisted.discard(entry)
-            self._count_leaving(entry)
-        finally:
-            lock.release()
-        errors: _Errors = []
-        self._free([entry], errors)
-        _raise_all(errors)
-
-    def _give_back_all(self, entries: Iterable[Entry]) -> None:
-        if self._in_finaliser():
-            for entry in entries:
-                self._abandon(entry)
-            return
-        left = []
-        lock = self._lock
-        try:
-            if not lock.acquire(blocking=False):
-                _take_in_turn(lock)
-            for entry in entries:
-                entry.borrows -= 1
-                if not (entry.listed or entry.borrows) and entry in self._unlisted:
-                    left.append(entry)
-            for entry in left:
-                self._unlisted.discard(entry)
-                self._count_leaving(entry)
-        finally:
-            lock.release()
-        errors: _Errors = []
-        self._free(left, errors)
-        _raise_all(errors)
-
-    def _abandon(self, entry: Entry) -> None:
-        """Give back later: the collector may call this where its thread holds the lock."""
-        self._put_off.append((StateCache._give_back, entry))
-
-    def _drain(self) -> _Errors:
-        """Do what finalisers asked for; return what callbacks raised at that."""
-        errors: _Errors = []
-        while self._put_off and not self._in_finaliser():
+    def _forked_nbytes(self) -> int:
+        """Bytes that forks keep alive besides entries. Looks at arrays, so without the lock."""
+        shared, forked = 0, self._holdings.forked
+        for entry in list(forked):
             try:
-                do, what = self._put_off.popleft()
-            except IndexError:  # another thread was faster
-                break
-            try:
-                do(self, what)
-            except BaseException as error:  # noqa: BLE001 - raised when the operation is done
-                errors.append(error)
-        return errors
-
-    # --- leaving -----------------------------------------------------------------------------------------------------
-
-    def _unlist(self, key: Key) -> list[Entry]:
-        """Take the entry out of the listing; return it where it can be freed now. The lock is held."""
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return []
-        entry.listed = False
-        if entry.borrows:
-            self._unlisted.add(entry)
-            return []
-        self._count_leaving(entry)
-        return [entry]
-
-    def _remove(self, key: Key) -> list[Entry]:
-        """Do `_unlist`, and tell the evictor, who did not ask for it. The lock is held."""
-        self._evictor.update_on_remove(key, self._entries)
-        return self._unlist(key)
-
-    def _expire(self, entry: Entry) -> None:
-        """Unlist and free an entry that is too old, unless another has taken its place."""
-        errors: _Errors = []
-        with self._lock:
-            leaving = self._remove(entry.key) if entry.listed else []
-        self._free(leaving, errors)
-        _raise_all(errors)
-
-    def _drop(self, entry: Entry) -> None:
-        """Unlist an entry that is borrowed, unless another has taken its place."""
-        if self._in_finaliser():
-            self._put_off.append((StateCache._drop, entry))
-            return
-        with self._lock:
-            if entry.listed:
-                self._remove(entry.key)
-
-    def _count_leaving(self, entry: Entry) -> None:
-        """Move the bytes that only this entry holds from the ledger to what is being freed. The lock is held."""
-        alone = self._ledger.drop(entry.storages)
-        entry.shares = len(alone) < len(entry.storages)
-        if entry.shares and self._on_evict is not None:
-            self._ledger.add(entry.storages)  # until `_hand_out` has copied what other entries hold too
-            return
-        entry.storages = alone
-        self._ledger.promise(_sizes(alone))
-
-    def _hand_out(self, entry: Entry) -> Any:
-        """Return the value of an entry that left, to somebody who will use it up: other entries keep their arrays."""
-        state = entry.state
-        del entry.state  # a traceback may keep the entry, and must not keep its memory
-        if entry.shares:
-            try:
-                forked = state.fork()
-            finally:
-                with self._lock:
-                    entry.storages = self._ledger.drop(entry.storages)
-                state.release_alone(_keys(entry.storages))
-            state = forked
-        if entry.as_state:
-            return state
-        native = state.unwrap()
-        state.end("handed out")
-        return native
-
-    def _evict(self, leaving: list[Entry], key: Key, errors: _Errors) -> None:
-        """Free what `_make_room` unlisted for `key`."""
-        if self._trace is not None:
-            for entry in leaving:
-                if entry.key != key:
-                    self._trace("state_cache.evict", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
-        self._free(leaving, errors)
-
-    def _free(self, entries: list[Entry], errors: _Errors) -> None:
-        """Release what `_unlist` and `_give_back` let go. Without the lock."""
-        for entry in entries:
-            try:
-                if self._on_evict is not None:
-                    self._on_evict(self._hand_out(entry))
-                else:
-                    self._release(entry)
-            except BaseException as error:  # noqa: BLE001 - must not keep other victims in memory
-                errors.append(error)
-            finally:
-                if self._on_evict is None or not entry.shares:
-                    with self._lock:
-                        self._ledger.settle(_sizes(entry.storages))
-            if self._trace is not None:
-                self._trace("state_cache.release", {"key": entry.key, "nbytes": _nbytes(entry.storages)})
-
-    def _release(self, entry: Entry) -> None:
-        outliving = entry.state.release_alone(_keys(entry.storages) if entry.shares else None)
-        if outliving:
-            with self._lock:
-                self._orphans = [(nbytes, alive) for nbytes, alive in self._orphans if alive()] + outliving
+                nbytes = entry.state.shared_nbytes() if entry.state is not None else 0
+            except ReleasedError:  # another thread frees it just now
+                nbytes = 0
+            shared += nbytes
+            if not nbytes and not entry.borrows:
+                forked.pop(entry, None)
+        return shared
 
     # --- process life ------------------------------------------------------------------------------------------------
 
@@ -647,80 +369,3 @@ class StateCache(Cache):
             "a StateCache owns device memory and cannot be pickled or copied; make a new one, or share it by reference"
         )
         raise CacheCopyError(msg)
-
-    def _forget(self) -> None:
-        """Be empty in a forked child, and free nothing: the memory, and its device, are the parent's."""
-        _inherited.append((self._entries, self._unlisted, self._lock))
-        self._start()
-
-
-_PLAIN_KEYS = (str, int, bytes)
-
-
-def _take_in_turn(lock: "threading.RLock") -> None:
-    """Take a lock that another thread holds, without standing in line for it.
-
-    Who stands in line is given the lock while somebody else has the interpreter, so that soon all stand in line, and
-    eight threads that borrow take four times as long as one. Letting the others run and looking again costs nothing.
-
-    Interrupted, it takes the lock before it says so: the caller's ``finally`` gives it back.
-    """
-    try:
-        while not lock.acquire(blocking=False):
-            sleep(0)
-    except BaseException:
-        lock.acquire()
-        raise
-
-
-def _check_key(key: object) -> None:
-    if not _is_key(key):
-        msg = f"a key of type {type(key).__qualname__} was given; use a str, int, bytes, or a tuple of these"
-        raise InvalidKeyError(msg)
-
-
-def _is_key(key: object) -> bool:
-    return isinstance(key, _PLAIN_KEYS) or (isinstance(key, tuple) and all(map(_is_key, key)))
-
-
-def _unique_nbytes(entries: Iterable[Entry]) -> int:
-    return _nbytes({storage.key: storage for entry in entries for storage in entry.storages}.values())
-
-
-def _nbytes(storages: Iterable[Storage]) -> int:
-    return sum(storage.nbytes for storage in storages)
-
-
-def _sizes(storages: Iterable[Storage]) -> list[tuple[str, int]]:
-    return [(storage.device, storage.nbytes) for storage in storages]
-
-
-def _keys(storages: Iterable[Storage]) -> frozenset[Hashable]:
-    return frozenset(storage.key for storage in storages)
-
-
-def _raise_all(errors: _Errors) -> None:
-    if not errors:
-        return
-    try:
-        if len(errors) == 1:
-            raise errors[0]
-        msg = f"{len(errors)} on_evict callbacks raised"
-        raise BaseExceptionGroup(msg, errors)
-    finally:
-        # Their tracebacks hold frames that hold this list. Would it hold them too, what those frames refer to would
-        # live until the garbage collector comes by.
-        errors.clear()
-
-
-# What a process has forked is state of the process.
-_caches: "weakref.WeakSet[StateCache]" = weakref.WeakSet()
-_inherited: list[object] = []  # entries of the parent: never freed in a child
-
-
-def _forget_all() -> None:
-    for cache in list(_caches):
-        cache._forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

@@ -4,38 +4,73 @@ The state cache does the accounting, the eviction and the lending. Holds: what t
 the state cache no longer has is a miss, or comes from the storage below.
 """
 
-import threading
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from agnostic_cache.arrays.roles import SNAPSHOT
+from agnostic_cache.errors import BusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
-from agnostic_cache.held.lease import Borrows
+from agnostic_cache.fingerprint import same_weights
 from agnostic_cache.held.state_cache import StateCache
-from agnostic_cache.prefix.chain import TOKEN_BYTES, cut, next_key
-from agnostic_cache.prefix.index import Block, Index, has_snapshots, total_length, windows_complete, windows_of
-from agnostic_cache.prefix.match import Loaded, Match
+from agnostic_cache.prefix.block import Block, Kind, total_length, windows_complete, windows_of
+from agnostic_cache.prefix.chain import TOKEN_BYTES, marks_in, next_key
+from agnostic_cache.prefix.index import Index, common_tokens, content_of
+from agnostic_cache.prefix.match import Lease, Loaded, Match
+from agnostic_cache.prefix.pinned_ends import End, PinnedEnds
+from agnostic_cache.prefix.prompt import Prompt
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
 
 if TYPE_CHECKING:
-    from agnostic_cache.prefix.stored_blocks import StoredBlocks
+    from agnostic_cache.prefix.stored_blocks import StoredBlocks  # few have a storage: it is imported with one
 
 SNAPSHOT_KEY: Final = b"/snapshot"
 """Behind the key of a block: what is valid at its end only."""
+
+_TRIES = 8  # of a match, while the index is behind
+_logger = logging.getLogger("agnostic_cache.prefix")
+
+
+class _Chain:
+    """Blocks of one kind that follow one another, for a reader of some weights.
+
+    Attributes:
+        blocks: The blocks.
+        other_weights: One of other weights stood in the way.
+    """
+
+    __slots__ = ("_fingerprint", "_kind", "blocks", "other_weights")
+
+    def __init__(self, fingerprint: str | None) -> None:
+        self.blocks: list[Block] = []
+        self.other_weights = False
+        self._fingerprint = fingerprint
+        self._kind: Kind | None = None
+
+    def takes(self, kind: Kind) -> bool:
+        """Whether a block of that kind may follow."""
+        if kind is self._kind:
+            return True
+        if not same_weights(kind.fingerprint, self._fingerprint):
+            self.other_weights = True
+            return False
+        if self._kind is not None and not self._kind.joins(kind):
+            return False
+        self._kind, self._fingerprint = kind, self._fingerprint or kind.fingerprint
+        return True
 
 
 class BlockStore:
     """The blocks that a prefix cache has. Safe to use from several threads.
 
-    Tokens come encoded: see `prefix.chain.encode`. A `root` is the key that a prompt's first block hangs on.
-
     Attributes:
         states: Where the blocks are: rows under the key of the block, snapshots beside them.
         stored: The blocks in a storage below, or None.
         inserted_tokens: Tokens whose rows were copied in.
-        mismatches: Blocks under the right key with other tokens: dropped, never handed out.
+        mismatches: Blocks under the right key with other tokens, which are dropped, or of other weights: never handed
+            out.
     """
 
     def __init__(
@@ -46,7 +81,6 @@ class BlockStore:
         *,
         granular: bool,
         clock: Callable[[], float],
-        stored: "StoredBlocks | None",
     ) -> None:
         """Keep blocks in an empty state cache.
 
@@ -56,10 +90,9 @@ class BlockStore:
             layout: For `Match.load`.
             granular: Whether a match may end within a block.
             clock: Seconds, for the deadlines of blocks.
-            stored: What lies below.
         """
         self.states = states
-        self.stored = stored
+        self.stored: StoredBlocks | None = None
         self._block_size = block_size
         self._layout = layout
         self._granular = granular
@@ -68,120 +101,154 @@ class BlockStore:
 
     def start(self) -> None:
         """Know no block."""
-        self._lock = threading.RLock()  # guards the index and the counts; held for dict operations only
+        self._lock = Lock()  # guards the index, the kinds and the counts; held for dict operations only
         self._index = Index()
+        self._ends = PinnedEnds(self._clock)
+        self._kinds: list[Kind] = []
+        self._refused = False
         self.inserted_tokens = self.mismatches = 0
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def find(self, data: bytes, root: bytes, limit: int, *, below: bool = True) -> tuple[Match, bytes]:
-        """Borrow what is here of the first `limit` tokens; return it and the key of its last whole block.
+    def find(self, prompt: Prompt, limit: int, fingerprint: str | None = None, *, below: bool = True) -> Match:
+        """Borrow what is here of the first `limit` tokens.
 
         Args:
-            data: The prompt.
-            root: What it hangs on.
+            prompt: The prompt.
             limit: How much of it to look for.
+            fingerprint: Of the reader's weights.
             below: Whether to look in the storage too.
         """
         stored = self.stored if below else None
-        blocks, loaded = self._whole(data, root, limit), Loaded([])
+        for _ in range(_TRIES):
+            try:
+                match = self._find(prompt, limit, fingerprint, stored)
+            except BusyError:  # a finaliser, in the middle of a call of its thread
+                break
+            except StorageError:
+                if self.stored is stored:
+                    raise
+                match, stored = None, None  # it was closed meanwhile
+            if match is not None:
+                return match
+        return Match()
+
+    def _find(self, prompt: Prompt, limit: int, fingerprint: str | None, stored: "StoredBlocks | None") -> Match | None:
+        """Match once; None where the index was behind."""
+        size, chain = self._block_size, _Chain(fingerprint)
+        self._whole(prompt, limit, chain)
+        here, loaded = len(chain.blocks), Loaded([])
         if stored is not None:
-            blocks, loaded = self._lengthened(stored, data, root, limit, blocks)
-        tail, rows = self._tail(data, root, limit, blocks)
-        here = len(blocks) - len(loaded)
-        borrowed = [*blocks[:here], *tail]
-        lease = self.states.borrow_all([block.key for block in borrowed])
-        if len(lease) < len(borrowed):  # the index is behind
-            self.forget(borrowed[len(lease)])
-            lease.close()
-            return self.find(data, root, limit, below=below)
-        known = len(blocks)
-        blocks += tail
+            here, loaded = self._lengthen(stored, prompt, limit, chain)
+        blocks, known = chain.blocks, len(chain.blocks)
+        rows = self._tail(prompt, limit, chain)
+        leases: list[Lease] = [loaded]
         try:
-            count, snapshot = self._end(blocks, stored)
-        except BaseException:  # a strict storage
-            lease.close()
-            raise
-        rows = rows if count == len(blocks) else self._block_size
-        length = (count - 1) * self._block_size + rows if count else 0
-        match = Match(lease, here, loaded, snapshot, count, rows, length, self._layout)
-        match.known = max(length, known * self._block_size)
-        if stored is not None:
-            stored.found(length)
-        if not count:
-            match.close()
-        end = length // self._block_size
-        return match, blocks[end - 1].key if end else root
+            for at, part in ((1, blocks[known:]), (0, blocks[:here])):  # the beginning becomes the newest
+                lease = self.states.borrow_all([block.key for block in part])
+                leases.insert(at, lease)
+                if len(lease) < len(part):
+                    self.forget(part[len(lease)])
+                    return None
+            length, snapshot = self._end(prompt, blocks, known * size + rows, stored)
+            if chain.other_weights:
+                with self._lock:
+                    self.mismatches += 1
+            if stored is not None:
+                stored.found(length)
+            count = -(-length // size)
+            match = Match(
+                [*leases, snapshot],
+                count=count,
+                rows=length - (count - 1) * size,
+                length=length,
+                known=prompt.boundary(known * size, size),
+                framework=blocks[0].kind.framework if count else "host",
+                layout=self._layout,
+                other_weights=chain.other_weights,
+            )
+            if count:
+                leases = []  # they are the match's
+            return match
+        finally:
+            for lease in leases:
+                lease.close()
 
-    def _end(self, blocks: list[Block], stored: "StoredBlocks | None") -> "tuple[int, Borrows | Loaded | None]":
-        """How many of the blocks a state can end behind, and what is valid at that end only."""
-        for count in range(len(blocks), 0, -1):
+    def _end(
+        self, prompt: Prompt, blocks: list[Block], length: int, stored: "StoredBlocks | None"
+    ) -> tuple[int, Lease]:
+        """The greatest length up to `length` at which a state can end, and what is valid at that end only."""
+        size, snapshot = self._block_size, Loaded([])
+        while length := prompt.stop(length):
+            count = -(-length // size)
             last = blocks[count - 1]
-            if last.granular:
-                return count, None
-            if last.windows and not windows_complete(blocks, count):
-                continue
-            if not last.snapshots:
-                return count, None
-            snapshot = self._snapshot(blocks[:count], stored)
-            if snapshot is not None:
-                return count, snapshot
-        return 0, None
+            if last.granular and (self._granular or length % size == 0):
+                return length, snapshot
+            if length == (count - 1) * size + last.length and windows_complete(blocks[:count]):
+                if not last.kind.snapshots:
+                    return length, snapshot
+                found = self._snapshot(blocks[:count], stored)
+                if found is not None:
+                    return length, found
+            length = (count - 1) * size
+        return 0, snapshot
 
-    def known(self, data: bytes, root: bytes, limit: int) -> tuple[list[Block], int]:
-        """The chain of blocks for the first `limit` tokens, and how many tokens of the last one are in common."""
-        blocks = self._whole(data, root, limit)
-        tail, rows = self._tail(data, root, limit, blocks)
-        return [*blocks, *tail], rows
+    def known(self, prompt: Prompt, limit: int) -> tuple[list[Block], int]:
+        """The chain of blocks here for the first `limit` tokens, and how many tokens that are."""
+        chain = _Chain(None)
+        self._whole(prompt, limit, chain)
+        whole = len(chain.blocks) * self._block_size
+        return chain.blocks, whole + self._tail(prompt, limit, chain)
 
-    def _whole(self, data: bytes, root: bytes, limit: int) -> list[Block]:
-        """The chain of blocks that are wholly within the first `limit` tokens."""
-        index, blocks, parent, size = self._index, [], root, self._block_size * TOKEN_BYTES
-        for begin in range(0, limit // self._block_size * size, size):
-            tokens = data[begin : begin + size]
-            block = index.child(parent, tokens)
+    def _whole(self, prompt: Prompt, limit: int, chain: _Chain) -> None:
+        """Add the blocks that are here and wholly within the first `limit` tokens."""
+        index, data, parent, size = self._index, prompt.data, prompt.root, self._block_size
+        for begin in range(0, limit // size * size, size):
+            tokens = data[begin * TOKEN_BYTES : (begin + size) * TOKEN_BYTES]
+            marks = marks_in(prompt.marks, begin, begin + size) if prompt.marks else ()
+            block = index.child(parent, tokens, marks) if marks else index.child(parent, tokens)
             if block is None:
-                other = index.get(next_key(parent, tokens))
-                if other is not None and other.tokens != tokens:  # equal ones have come in since
+                other = index.get(next_key(parent, tokens, marks))
+                if other is not None and not other.is_of(tokens, marks):  # equal ones have come in since
                     with self._lock:
                         self.mismatches += 1
-                    self.remove(other)
+                    self._drop(other)
                 break
-            if block.deadline is not None and self._expired(block):
+            if (block.deadline is not None and self._expired(block)) or not chain.takes(block.kind):
                 break
             parent = block.key
-            blocks.append(block)
-        return blocks
+            chain.blocks.append(block)
 
-    def _tail(self, data: bytes, root: bytes, limit: int, blocks: list[Block]) -> tuple[list[Block], int]:
-        """The block behind whole `blocks` that begins like what is left, if there is one, and how far it does."""
-        rest = data[len(blocks) * self._block_size * TOKEN_BYTES : limit * TOKEN_BYTES]
-        parent = blocks[-1].key if blocks else root
-        while rest and self._granular:
-            child, rows = self._index.best_child(parent, rest)
-            if child is None:
+    def _tail(self, prompt: Prompt, limit: int, chain: _Chain) -> int:
+        """Add the block that begins like what is left, if there is one; return how many tokens are in common."""
+        begin = len(chain.blocks) * self._block_size
+        parent = chain.blocks[-1].key if chain.blocks else prompt.root
+        content = content_of(*prompt.part(begin, limit))
+        for _ in range(_TRIES if self._granular and begin < limit else 0):
+            child, rows = self._index.best_child(parent, content)
+            if child is not None and child.deadline is not None and self._expired(child):
+                continue
+            if child is None or not chain.takes(child.kind):
                 break
-            if child.deadline is None or not self._expired(child):
-                return [child], rows
-        return [], self._block_size
+            chain.blocks.append(child)
+            return rows
+        return 0
 
-    def _lengthened(
-        self, stored: "StoredBlocks", data: bytes, root: bytes, limit: int, blocks: list[Block]
-    ) -> tuple[list[Block], Loaded]:
-        """What is here of whole `blocks`, and what the storage has of those that follow, which are host states."""
-        stored.begin(data)
-        guard = self.states.borrow_all([block.key for block in blocks], use=False)
+    def _lengthen(self, stored: "StoredBlocks", prompt: Prompt, limit: int, chain: _Chain) -> tuple[int, Loaded]:
+        """Add the whole blocks that follow in the storage; return how many are here, and the states of the others."""
+        stored.begin(prompt.data)
+        guard = self.states.borrow_all([block.key for block in chain.blocks], use=False)
         try:
-            blocks = blocks[: len(guard)]
-            size = self._block_size * TOKEN_BYTES
-            parent = blocks[-1].key if blocks else root
-            found = stored.load(parent, data[len(blocks) * size : limit // self._block_size * size])
+            here, size = len(guard), self._block_size
+            del chain.blocks[here:]
+            parent = chain.blocks[-1].key if here else prompt.root
+            found = stored.load(prompt, here * size, limit // size * size, parent, chain.takes)
         finally:
             guard.close()
-        loaded = Loaded([each.state for each in found], found[0].framework if found else "host")
-        return [*blocks, *(each.block for each in found)], loaded
+        chain.blocks += [block for block, _ in found]
+        return here, Loaded([state for _, state in found])
 
-    def _snapshot(self, blocks: list[Block], stored: "StoredBlocks | None") -> "Borrows | Loaded | None":
+    def _snapshot(self, blocks: list[Block], stored: "StoredBlocks | None") -> Lease | None:
         """What is valid at the end of these blocks only, from here or from below."""
         lease = self.states.borrow_all([blocks[-1].key + SNAPSHOT_KEY])
         if len(lease):
@@ -191,80 +258,122 @@ class BlockStore:
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    def plan(self, data: bytes, root: bytes, state: KVState, count: int, deadline: float | None) -> list[Block]:
+    def plan(
+        self, prompt: Prompt, state: KVState, count: int, fingerprint: str | None, deadline: float | None
+    ) -> list[Block]:
         """Return the blocks that stand for the first `count` tokens of a state; nothing comes in yet."""
-        snapshots, parent, start = has_snapshots(state), root, 0
+        kind, parent, start = self.kind_of(state, state.framework, fingerprint), prompt.root, 0
         blocks: list[Block] = []
-        for key, tokens in cut(data[: count * TOKEN_BYTES], root, self._block_size):
+        for key, tokens, marks in prompt.cut(self._block_size, end=count):
             windows = windows_of(state, start, min(start + self._block_size, count))
-            blocks.append(Block(key, parent, tokens, windows, snapshots=snapshots, deadline=deadline))
+            blocks.append(Block(key, parent, tokens, windows, kind, marks=marks, deadline=deadline))
             parent, start = key, start + self._block_size
         return blocks
 
-    def insert(self, data: bytes, blocks: list[Block], state: KVState) -> int:
+    def kind_of(self, state: KVState, framework: str, fingerprint: str | None) -> Kind:
+        """Return the kind of a state, one object for all that are equal."""
+        kind = Kind.of(state, framework, fingerprint)
+        with self._lock:
+            known = next((known for known in self._kinds if known == kind), None)
+            if known is None:
+                self._kinds.append(kind)
+        return known or kind
+
+    def insert(self, prompt: Prompt, blocks: list[Block], state: KVState) -> int:
         """Copy in what is not here of the blocks planned for a prompt; return how many that were."""
-        keys = [block.key for block in blocks]
-        leases = [self.states.borrow_all(keys, use=False)]  # what the new ones hang on does not leave to make room
+        first = self._index.get(blocks[0].key)
+        if first is not None and not first.kind.joins(blocks[0].kind) and self.states.contains(first.key):
+            if not self._refused:
+                self._refused = True
+                _logger.warning("states of two structures or dtypes under one namespace: the later ones are not kept")
+            return 0
+        stored, leases = self.stored, list[Lease]()
         try:
-            made = self._insert_blocks(blocks, state, leases)
-            if blocks[-1].snapshots and total_length(blocks) == state.length and not state.missing:
-                self._insert_snapshot(blocks[-1], state)
+            made = self._insert_blocks(blocks, state, stored, leases)
+            if blocks[-1].kind.snapshots and total_length(blocks) == state.length and not state.missing:
+                self._insert_snapshot(blocks[-1], state, stored)
+        except StorageError:
+            if self.stored is stored:
+                raise
+            made = self.insert(prompt, blocks, state)  # it was closed meanwhile
         finally:
             for lease in leases:
                 lease.close()
-        if self.stored is not None:
-            self.stored.computed(data)  # only now: what was stored is computed, also where that was still under way
-        self.states.borrow_all(keys).close()  # the first becomes the newest
+        if stored is not None:
+            stored.computed(prompt.data)  # only now: what was stored is computed, also where that was still under way
+        self.states.borrow_all([block.key for block in blocks]).close()  # the first becomes the newest
         return made
 
-    def _insert_blocks(self, blocks: list[Block], state: KVState, leases: list[Borrows]) -> int:
-        """Copy in the blocks that are not here; `leases` begins with those that are, and takes the new ones."""
-        rows, made, there, room = _without_snapshots(state), 0, len(leases[0]), True
+    def _insert_blocks(
+        self, blocks: list[Block], state: KVState, stored: "StoredBlocks | None", leases: list[Lease]
+    ) -> int:
+        """Copy in the blocks that are not here; `leases` takes all, so that none leaves to make room for another."""
+        rows, made = state.narrowed(without=blocks[0].kind.snapshots), 0
+        room = True
         for i, block in enumerate(blocks):
-            known = self._index.get(block.key)
-            if i >= there and known is not None:  # an orphan, maybe: its parent had left before it
-                orphan = self.states.borrow_all([block.key], use=False)
-                leases.append(orphan)
-                known = known if len(orphan) else None
-            if known is not None and known.tokens == block.tokens and not block.adds_to(known):
-                known.deadline = block.deadline
-                continue
-            if block.length < self._block_size and self._is_covered(block):
-                continue
-            if self.stored is not None and self.stored.surpasses(block):
-                continue  # this one would hide rows that the one below has
-            storing = self.stored is not None and self._lasts(block) and self.stored.lacks(block)
-            if not room and not storing:
-                continue
             start = i * self._block_size
-            stop = start + block.length
-            piece, cost = rows.cut(start, stop), recompute_cost(start, stop)
-            if self.stored is not None and storing:
-                self.stored.put(block, piece)
-            room = room and self.states.put(block.key, piece, move=True, cost=cost) is PutStatus.LEGAL
-            if room:
-                with self._lock:
-                    self._index.add(block)
-                leases.append(self.states.borrow_all([block.key], use=False))
-                self._drop_covered(block)
-            if room or storing:
-                made += 1
-                with self._lock:
-                    self.inserted_tokens += block.length
-            if not room and self.stored is None:
+            lease = self.states.borrow_all([block.key], use=False)
+            leases.append(lease)
+            known = self._index.get(block.key) if len(lease) else None
+            if known is not None and known.serves_for(block):
+                known.deadline = block.deadline
+            elif not self._is_hidden(block, stored):
+                storing = stored is not None and self._lasts(block) and stored.lacks(block)
+                if room or storing:
+                    piece = rows.cut(start, start + block.length)
+                    if stored is not None and storing:
+                        stored.put(block, piece)
+                    lease.close()  # of the one that it replaces, if there is one
+                    room = room and self._put(block, start, piece, leases)
+                    made += room or storing
+                    with self._lock:
+                        self.inserted_tokens += block.length * (room or storing)
+            if room and block.granular:
+                self._keep_ends(block, start, rows, start, leases)
+            if not room and stored is None:
                 break  # what hangs on it would never be found
         return made
 
-    def _insert_snapshot(self, last: Block, state: KVState) -> None:
+    def _put(self, block: Block, start: int, piece: KVState, leases: list[Lease]) -> bool:
+        """Take in and hold the rows of a block, if there is room for them."""
+        cost = recompute_cost(start, start + block.length)
+        if self.states.put(block.key, piece, move=True, cost=cost) is not PutStatus.LEGAL:
+            return False
+        with self._lock:
+            self._index.add(block)
+        leases.append(self.states.borrow_all([block.key], use=False))
+        for child in self._index.beginnings(block.parent, content_of(block.tokens, block.marks)):
+            if child is not block and block.covers(child) and not self._ends.holds(child.parent, child.key):
+                self._drop(child)
+        return True
+
+    def _keep_ends(self, block: Block, start: int, rows: KVState, at: int, leases: list[Lease]) -> None:
+        """Take in the ends of pinned prompts that `block` begins with, which is at `start` of its prompt, `at` in `rows`."""
+        for key, tokens, marks in self._ends.of(block.parent):
+            end = Block(key, block.parent, tokens, (), block.kind, marks=marks, deadline=block.deadline)
+            common = common_tokens(content_of(tokens, marks), content_of(block.tokens, block.marks))
+            if common == end.length < block.length and not self.states.contains(key):
+                self._put(end, start, rows.cut(at, at + common), leases)
+
+    def _is_hidden(self, block: Block, stored: "StoredBlocks | None") -> bool:
+        """Whether a longer block has the rows of this one, or the storage has rows that it would hide."""
+        if block.length < self._block_size and not self._ends.holds(block.parent, block.key):
+            longer = self._index.extensions(block.parent, content_of(block.tokens, block.marks))
+            if any(child.covers(block) for child in longer):
+                return True
+        return stored is not None and stored.surpasses(block)
+
+    def _insert_snapshot(self, last: Block, state: KVState, stored: "StoredBlocks | None") -> None:
         """Keep what is valid at the end of the last block, which is the end of the state, only."""
-        key = last.key + SNAPSHOT_KEY
-        here = self.states.contains(last.key) and not self.states.contains(key)
-        storing = self.stored is not None and self._lasts(last) and self.stored.lacks_snapshot(last)
+        key, known = last.key + SNAPSHOT_KEY, self._index.get(last.key)
+        fits = known is not None and known.serves_for(last)
+        here = fits and self.states.contains(last.key) and not self.states.contains(key)
+        storing = stored is not None and self._lasts(last) and stored.lacks_snapshot(last)
         if not here and not storing:
             return
         snapshot = state.cut(state.length, state.length)
-        if self.stored is not None and storing:
-            self.stored.put_snapshot(last, snapshot)
+        if stored is not None and storing:
+            stored.put_snapshot(last, snapshot)
         if here:
             self.states.put(key, snapshot, move=True, cost=recompute_cost(0, state.length))
 
@@ -272,29 +381,89 @@ class BlockStore:
         """Whether a block is worth storing: the next process can find whole ones only, and knows no deadline."""
         return block.length == self._block_size and block.deadline is None
 
-    def _is_covered(self, block: Block) -> bool:
-        """Whether a longer block has the rows of this one, and a match may end anywhere in it."""
-        return block.granular and any(child.granular for child in self._index.extensions(block.parent, block.tokens))
-
-    def _drop_covered(self, block: Block) -> None:
-        """Remove the shorter blocks whose rows this one has."""
-        for child in self._index.beginnings(block.parent, block.tokens):
-            if child is not block and child.granular and block.granular:
-                self.remove(child)
-
     # --- keeping -----------------------------------------------------------------------------------------------------
 
-    def pin(self, data: bytes, root: bytes, do: Callable[[bytes], bool]) -> int:
-        """Do something to the key of each entry of a prompt, up to the first that is gone; return its tokens."""
-        blocks, rows = self.known(data, root, len(data) // TOKEN_BYTES)
-        for i, block in enumerate(blocks):
-            if not do(block.key):
-                return total_length(blocks[:i])
-            if block.snapshots:
-                do(block.key + SNAPSHOT_KEY)
-        return total_length(blocks[:-1]) + rows if blocks else 0
+    def pin(self, prompt: Prompt, seconds: float | None) -> int:
+        """Keep what is here of a prompt, now or later, from being evicted; return how many tokens that are now.
 
-    def remove(self, block: Block) -> None:
+        Raises:
+            PinLimitError: More than half of the budget would be kept. Nothing is pinned.
+        """
+        keys, parent, end = self._keys_and_end(prompt)
+        if end is not None:
+            with self._lock:
+                self._ends.add(parent, end, seconds)
+        try:
+            self.states.pin_all(keys, ttl_seconds=seconds)
+            try:
+                self._cut_end(prompt)
+            except BaseException:
+                self.states.unpin_all(keys)
+                raise
+        except BaseException:
+            if end is not None:
+                with self._lock:
+                    self._ends.take_back(parent, end)
+            raise
+        return self._kept(prompt)
+
+    def unpin(self, prompt: Prompt) -> int:
+        """Take one `pin` back; return how many tokens of the prompt are here."""
+        keys, parent, end = self._keys_and_end(prompt)
+        self.states.unpin_all(keys)
+        if end is not None:
+            with self._lock:
+                self._ends.take_back(parent, end)
+        return self._kept(prompt)
+
+    def _keys_and_end(self, prompt: Prompt) -> tuple[list[bytes], bytes, End | None]:
+        """Every key that an entry of the prompt can have; the parent of its last block, and that if it is short."""
+        pieces = list(prompt.cut(self._block_size))
+        keys = [key for key, *_ in pieces]
+        parent = keys[-2] if len(keys) > 1 else prompt.root
+        short = prompt.count % self._block_size
+        return keys + [key + SNAPSHOT_KEY for key in keys], parent, pieces[-1] if short else None
+
+    def _cut_end(self, prompt: Prompt) -> None:
+        """Make the end of a prompt an entry of its own, where only a longer block has its rows."""
+        blocks, rows = self.known(prompt, prompt.count)
+        if rows < prompt.count or total_length(blocks) == rows:
+            return
+        lease = self.states.borrow_all([blocks[-1].key], use=False)
+        leases: list[Lease] = [lease]
+        try:
+            for state in lease.states():
+                self._keep_ends(blocks[-1], rows - rows % self._block_size, state, 0, leases)
+        finally:
+            for lease in leases:
+                lease.close()
+
+    def _kept(self, prompt: Prompt) -> int:
+        """How many tokens of a prompt are here in blocks of its own."""
+        chain, (*_, end) = _Chain(None), self._keys_and_end(prompt)
+        self._whole(prompt, prompt.count, chain)
+        whole = len(chain.blocks) * self._block_size
+        return prompt.count if end and prompt.count - whole < self._block_size and self._index.get(end[0]) else whole
+
+    def remove(self, prompt: Prompt, *, below: bool) -> int:
+        """Drop the blocks that lie wholly within a prompt, whoever shares them; return how many tokens that were.
+
+        Args:
+            prompt: The prompt.
+            below: Whether the storage drops them too.
+        """
+        parent, removed, stored = prompt.root, 0, self.stored if below else None
+        for key, tokens, marks in prompt.cut(self._block_size):
+            lengths = [0]
+            for block in list(self._index.beginnings(parent, content_of(tokens, marks))):
+                lengths.append(block.length)
+                self._drop(block)
+            if stored is not None and stored.remove(key):
+                lengths.append(len(tokens) // TOKEN_BYTES)
+            removed, parent = removed + max(lengths), key
+        return removed
+
+    def _drop(self, block: Block) -> None:
         """Drop a block, and the snapshot at its end."""
         self.states.remove(block.key)
         self.states.remove(block.key + SNAPSHOT_KEY)
@@ -311,11 +480,11 @@ class BlockStore:
         """Drop everything; what is borrowed leaves when it is given back."""
         self.states.clear()
         with self._lock:
-            self._index = Index()
+            self._index, self._ends = Index(), PinnedEnds(self._clock)
 
-    def told(self, event: str, facts: Mapping[str, object]) -> None:
+    def on_event(self, event: str, facts: Mapping[str, object]) -> None:
         """Hear of the state cache's events: what left cannot be found any more."""
-        if event == "state_cache.release":
+        if event == "state_cache.release" and not self._lock.is_mine():  # else a finaliser: a match will notice
             block = self._index.get(facts["key"])  # type: ignore[arg-type]
             if block is not None:
                 self.forget(block)
@@ -323,14 +492,5 @@ class BlockStore:
     def _expired(self, block: Block) -> bool:
         if block.deadline is None or self._clock() < block.deadline:
             return False
-        self.remove(block)
+        self._drop(block)
         return True
-
-
-def _without_snapshots(state: KVState) -> KVState:
-    """The state's rows alone, borrowed: what is valid at its end only is kept apart from its last block."""
-    rows = state.lend()
-    snapshots = {name for name, leaf in state.leaves.items() if leaf.role is SNAPSHOT}
-    rows._leaves = {name: leaf for name, leaf in state.leaves.items() if name not in snapshots}
-    rows.missing = state.missing | snapshots
-    return rows

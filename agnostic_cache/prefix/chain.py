@@ -1,11 +1,13 @@
 """From tokens to the keys of their blocks: a chain of blake2b, equal in every process and on every machine.
 
 The key of a block is the hash of the key before it and of its own tokens as little-endian uint32, so that a key stands
-for everything from the first token on. The chain starts at the hash of what else the state depends on.
+for everything from the first token on. The chain starts at the hash of what else the whole state depends on; what a
+state depends on from one place of the prompt on is a mark in the block of that place.
 """
 
 import sys
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NoReturn
@@ -13,25 +15,36 @@ from typing import Any, NoReturn
 from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import InvalidNamespaceError, InvalidTokensError, UnknownValueError
 
-FORMAT = b"agnostic-cache/1"
+FORMAT = b"agnostic-cache/2"
 KEY_BYTES = 32
 TOKEN_BYTES = 4
+
+Marks = tuple[tuple[int, bytes], ...]
+"""Digests that enter the chain before a token, each with the place of that token, in order of place."""
 
 _SIGNED, _UNSIGNED = "bhilqn", "BHILQN"
 
 
-def root_key(namespace: str, salt: bytes = b"", context: object = b"") -> bytes:
-    """Return what the first block hangs on: the hash of everything but tokens that the state depends on.
+def root_key(namespace: str, salt: bytes = b"", context: object = b"", *, salted: bool = True) -> bytes:
+    """Return what the first block hangs on: the hash of everything but tokens that the whole state depends on.
 
     Each field goes in behind its length, so that no two ways to split the same bytes give one key.
 
+    Args:
+        namespace: Names the weights.
+        salt: Whose tokens they are.
+        context: What else the state depends on.
+        salted: False where the first tokens are everybody's.
+
     Raises:
-        InvalidNamespaceError: `context` is no bytes.
+        InvalidNamespaceError: `salt` or `context` is no bytes.
     """
-    if not isinstance(context, bytes):
-        msg = f"context of type {type(context).__qualname__}; pass bytes, of several parts fields(...)"
-        raise InvalidNamespaceError(msg)
-    return blake2b(fields(FORMAT, namespace.encode(), salt, context), digest_size=KEY_BYTES).digest()
+    for name, value in (("salt", salt), ("context", context)):
+        if not isinstance(value, bytes):
+            msg = f"{name} of type {type(value).__qualname__}; pass bytes, of several parts fields(...)"
+            raise InvalidNamespaceError(msg)
+    parts = fields(FORMAT, namespace.encode(), salt if salted else b"", context)
+    return blake2b(parts, digest_size=KEY_BYTES).digest()
 
 
 def fields(*parts: bytes) -> bytes:
@@ -43,24 +56,42 @@ def fields(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
-def next_key(parent: bytes, tokens: bytes) -> bytes:
-    """Return the key of a block: `parent` is the key before it, `tokens` its own, encoded."""
-    return blake2b(parent + tokens, digest_size=KEY_BYTES).digest()
+def next_key(parent: bytes, tokens: bytes, marks: Marks = ()) -> bytes:
+    """Return the key of a block.
+
+    Args:
+        parent: The key before it.
+        tokens: Its tokens, encoded.
+        marks: What enters the chain within it, by place in the block.
+    """
+    if not marks:
+        return blake2b(parent + tokens, digest_size=KEY_BYTES).digest()
+    places = (part for at, digest in marks for part in (at.to_bytes(8, "little"), digest))
+    # The personalisation keeps these apart from every block without marks, whatever its tokens.
+    return blake2b(parent + fields(tokens, *places), digest_size=KEY_BYTES, person=b"marks").digest()
 
 
-def cut(data: bytes, parent: bytes, block_size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Cut encoded tokens into blocks, the last one maybe shorter; yield the key and the tokens of each.
+def cut(data: bytes, parent: bytes, block_size: int, marks: Marks = ()) -> Iterator[tuple[bytes, bytes, Marks]]:
+    """Cut encoded tokens into blocks, the last one maybe shorter; yield key, tokens and marks of each.
 
     Args:
         data: Tokens, encoded.
         parent: The key before the first of them.
         block_size: Tokens per block.
+        marks: What enters the chain, by place in `data`.
     """
     size = block_size * TOKEN_BYTES
     for begin in range(0, len(data), size):
         tokens = data[begin : begin + size]
-        parent = next_key(parent, tokens)
-        yield parent, tokens
+        inside = marks_in(marks, begin // TOKEN_BYTES, begin // TOKEN_BYTES + block_size) if marks else ()
+        parent = next_key(parent, tokens, inside)
+        yield parent, tokens, inside
+
+
+def marks_in(marks: Marks, begin: int, end: int) -> Marks:
+    """Return the marks at places ``[begin, end)``, by their distance from `begin`."""
+    first, last = bisect_left(marks, (begin,)), bisect_left(marks, (end,))
+    return tuple((at - begin, digest) for at, digest in marks[first:last])
 
 
 def encode(tokens: Any) -> bytes:

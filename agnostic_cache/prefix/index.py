@@ -1,105 +1,92 @@
-"""The blocks that a prefix cache can find: what a match needs to know of each, without touching its arrays."""
+"""Index: which blocks follow which, so that the one with most in common with a prompt is found among any number."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from collections.abc import Iterator
 
-from agnostic_cache.arrays.roles import SNAPSHOT, WINDOW
-from agnostic_cache.prefix.chain import TOKEN_BYTES
-from agnostic_cache.state.kv_state import KVState
+from agnostic_cache.prefix.block import Block
+from agnostic_cache.prefix.chain import TOKEN_BYTES, Marks
 
-Windows = tuple[tuple[int, int], ...]
-"""Width of each kind of window in a state, and how many rows of it end where a block ends, in tokens."""
+Content = tuple[bytes, ...]
+"""Tokens, and between them the digest of each mark. Its order is that of the tokens, a mark before any of them."""
 
-
-class Block:
-    """One stored block of tokens. Never changes, but for its deadline.
-
-    Attributes:
-        key: Its key, under which the state cache has its rows.
-        parent: Key of the block before it, or the root.
-        tokens: Its tokens, encoded.
-        length: How many they are.
-        windows: See `Windows`.
-        snapshots: Its state has `SNAPSHOT` leaves: it can only end where one is stored.
-        deadline: When it stops being valid, by the cache's clock, or None.
-    """
-
-    __slots__ = ("deadline", "key", "length", "parent", "snapshots", "tokens", "windows")
-
-    def __init__(
-        self, key: bytes, parent: bytes, tokens: bytes, windows: Windows, *, snapshots: bool, deadline: float | None
-    ) -> None:
-        """Take the parts as they are."""
-        self.key = key
-        self.parent = parent
-        self.tokens = tokens
-        self.length = len(tokens) // TOKEN_BYTES
-        self.windows = windows
-        self.snapshots = snapshots
-        self.deadline = deadline
-
-    @property
-    def granular(self) -> bool:
-        """Whether a state may end at any of its tokens."""
-        return not self.windows and not self.snapshots
-
-    def adds_to(self, other: "Block") -> bool:
-        """Whether this block's windows have rows that `other`, of the same key, lacks."""
-        there = dict(other.windows)
-        return any(run > there.get(width, 0) for width, run in self.windows)
+_RUN = 128  # blocks in a run: so many are copied to add one
 
 
-def windows_of(state: KVState, start: int, stop: int) -> Windows:
-    """Return what the block ``[start, stop)`` of `state` will have of each kind of window."""
-    found: dict[int, int] = {}
-    for leaf in state.leaves.values():
-        if isinstance(leaf.role, WINDOW):
-            rows = state.adapter.describe(leaf.array).shape[leaf.role.axis]
-            there = min(leaf.first + rows, state.length) >= stop
-            run = max(0, stop - max(start, leaf.first)) if there else 0
-            found[leaf.role.width] = min(run, found.get(leaf.role.width, run))
-    return tuple(sorted(found.items()))
+def content_of(tokens: bytes, marks: Marks) -> Content:
+    """Return what blocks are ordered by."""
+    if not marks:
+        return (tokens,)
+    parts, begin = [], 0
+    for at, digest in marks:
+        parts += [tokens[begin : at * TOKEN_BYTES], digest]
+        begin = at * TOKEN_BYTES
+    return (*parts, tokens[begin:])
 
 
-def has_snapshots(state: KVState) -> bool:
-    """Say whether some leaf of `state` is valid at its very end only."""
-    return bool(state.missing) or any(leaf.role is SNAPSHOT for leaf in state.leaves.values())
-
-
-def windows_complete(blocks: list[Block], count: int) -> bool:
-    """Say whether the first `count` blocks hold every row that a window needs at their end."""
-    end = sum(block.length for block in blocks[:count])
-    for kind, (width, _) in enumerate(blocks[count - 1].windows):
-        rows = 0
-        for block in reversed(blocks[:count]):
-            run = block.windows[kind][1] if kind < len(block.windows) else 0
-            rows += run
-            if run < block.length or rows >= width:
+def common_tokens(one: Content, other: Content) -> int:
+    """Return how many tokens two contents begin with in common, the marks before them included."""
+    total = 0
+    for i, (left, right) in enumerate(zip(one, other, strict=False)):
+        if i % 2 == 0:
+            total += (same := _common(left, right))
+            if same * TOKEN_BYTES < max(len(left), len(right)):
                 break
-        if rows < min(end, width):
-            return False
-    return True
+        elif left != right:
+            break
+    return total
 
 
-_tokens_of = attrgetter("tokens")
+def _common(one: bytes, other: bytes) -> int:
+    low, high = 0, min(len(one), len(other)) // TOKEN_BYTES
+    if one[: high * TOKEN_BYTES] == other[: high * TOKEN_BYTES]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[: middle * TOKEN_BYTES] == other[: middle * TOKEN_BYTES]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _truncated(content: Content, nbytes: int) -> Content:
+    """The first `nbytes` bytes of the tokens, and the marks between them."""
+    parts: list[bytes] = []
+    for i, part in enumerate(content):
+        if i % 2 == 0:
+            if nbytes <= len(part):
+                return (*parts, part[:nbytes])
+            nbytes -= len(part)
+        parts.append(part)
+    return content
+
+
+def _content(block: Block) -> Content:
+    return content_of(block.tokens, block.marks) if block.marks else (block.tokens,)
+
+
+def _first(run: tuple[Block, ...]) -> Content:
+    return _content(run[0])
 
 
 class Index:
-    """Blocks by key, and those after each in the order of their tokens. A hint: the state cache knows what is there.
+    """Blocks by key, and those after each in the order of their content. A hint: the state cache knows what is there.
 
-    The blocks that have most in common with a prompt lie next to where it would stand among them, so that a question
-    takes the logarithm of their number: every prompt of a model may begin with the same token.
+    The blocks that have most in common with a prompt lie next to where it would stand among them. They are kept in
+    runs, of which one is replaced when a block comes in or leaves: neither a question nor a change takes longer where
+    there are many (every prompt of a model may begin with the same token).
 
-    Not thread-safe for writing: its owner holds a lock. Reading is safe beside one writer.
+    Its owner holds a lock to change it. Reading is safe beside one writer. A change that is interrupted is made good by
+    the next one.
     """
 
-    __slots__ = ("_blocks", "_children")
+    __slots__ = ("_blocks", "_children", "_torn")
 
     def __init__(self) -> None:
         """Start empty."""
         self._blocks: dict[bytes, Block] = {}
-        self._children: dict[bytes, tuple[Block, ...]] = {}  # by parent, in order; replaced, never changed
+        self._children: dict[bytes, list[tuple[Block, ...]]] = {}  # by parent; runs are replaced, never changed
+        self._torn = False  # a change was interrupted: _blocks is right, _children may not be
 
     def __iter__(self) -> Iterator[Block]:
         """Iterate over all blocks, as they are now."""
@@ -112,82 +99,105 @@ class Index:
     def add(self, block: Block) -> None:
         """Add a block, in place of one of its key."""
         self.discard(block.key)
+        self._torn = True
         self._blocks[block.key] = block
-        siblings, at = self._place(block.parent, block.tokens)
-        self._children[block.parent] = (*siblings[:at], block, *siblings[at:])
+        self._list(block)
+        self._torn = False
 
     def discard(self, key: bytes) -> None:
         """Forget a block, if it is there."""
+        if self._torn:
+            self._children = {}
+            for block in self._blocks.values():
+                self._list(block)
+        self._torn = True
         block = self._blocks.pop(key, None)
-        if block is None:
+        if block is not None:
+            self._unlist(block)
+        self._torn = False
+
+    def _list(self, block: Block) -> None:
+        runs, at, end = self._place(block.parent, _content(block))
+        if not runs:
+            self._children[block.parent] = [(block,)]
             return
-        siblings, end = self._place(block.parent, block.tokens)
-        left = (*siblings[: end - 1], *siblings[end:])
+        run = runs[at]
+        longer = (*run[:end], block, *run[end:])
+        if len(longer) <= _RUN:
+            runs[at] = longer
+        else:
+            self._children[block.parent] = [*runs[:at], longer[: _RUN // 2], longer[_RUN // 2 :], *runs[at + 1 :]]
+
+    def _unlist(self, block: Block) -> None:
+        runs, at, end = self._place(block.parent, _content(block))
+        run = runs[at]
+        left = (*run[: end - 1], *run[end:])
         if left:
-            self._children[block.parent] = left
+            runs[at] = left
+        elif len(runs) > 1:
+            self._children[block.parent] = [*runs[:at], *runs[at + 1 :]]
         else:
             del self._children[block.parent]
 
-    def child(self, parent: bytes, tokens: bytes) -> Block | None:
-        """Return the block after `parent` of exactly these tokens, or None. Takes no hash."""
-        siblings, end = self._place(parent, tokens)
-        return siblings[end - 1] if end and siblings[end - 1].tokens == tokens else None
+    def child(self, parent: bytes, tokens: bytes, marks: Marks = ()) -> Block | None:
+        """Return the block after `parent` of exactly these tokens and marks, or None. Takes no hash."""
+        runs = self._children.get(parent)
+        if runs is None:
+            return None
+        if len(runs) == 1 and len(runs[0]) == 1:  # within a long prompt
+            only = runs[0][0]
+            return only if only.is_of(tokens, marks) else None
+        found, _ = self._around(parent, content_of(tokens, marks))
+        return found if found is not None and found.is_of(tokens, marks) else None
 
-    def best_child(self, parent: bytes, tokens: bytes) -> tuple[Block | None, int]:
-        """Return the block after `parent` that is of most use for `tokens`, and how many it has in common with them.
+    def best_child(self, parent: bytes, content: Content) -> tuple[Block | None, int]:
+        """Return the block after `parent` that is of most use for `content`, and how many tokens they have in common.
 
         A block whose state cannot end at any token is of use only as a whole.
         """
-        siblings, end = self._place(parent, tokens)
         best, most = None, 0
-        for child in siblings[max(end - 1, 0) : end + 1]:
-            common = common_tokens(child.tokens, tokens)
-            if common > most and child.granular:
+        for child in self._around(parent, content):
+            common = 0 if child is None else common_tokens(_content(child), content)
+            if child is not None and common > most and child.granular:
                 best, most = child, common
         if best is None:
-            best = next(self.beginnings(parent, tokens), None)
+            best = next(self.beginnings(parent, content), None)
             most = 0 if best is None else best.length
         return best, most
 
-    def beginnings(self, parent: bytes, tokens: bytes) -> Iterator[Block]:
-        """Yield the blocks after `parent` that `tokens` begin with, the longest first."""
-        while tokens:
-            siblings, end = self._place(parent, tokens)
-            if not end:
+    def beginnings(self, parent: bytes, content: Content) -> Iterator[Block]:
+        """Yield the blocks after `parent` that `content` begins with, the longest first."""
+        while True:
+            child, _ = self._around(parent, content)
+            common = 0 if child is None else common_tokens(_content(child), content)
+            if child is None or not common:
                 return
-            child = siblings[end - 1]
-            common = common_tokens(child.tokens, tokens)
-            if common == child.length:
+            whole = common == child.length
+            if whole:
                 yield child
-                tokens = tokens[: common * TOKEN_BYTES - 1]
-            else:
-                tokens = tokens[: common * TOKEN_BYTES]
+            content = _truncated(content, common * TOKEN_BYTES - whole)  # next: what stands before all that have these
 
-    def extensions(self, parent: bytes, tokens: bytes) -> Iterator[Block]:
-        """Yield the blocks after `parent` that begin with `tokens` and go on."""
-        siblings, end = self._place(parent, tokens)
-        while end < len(siblings) and siblings[end].tokens.startswith(tokens):
-            yield siblings[end]
-            end += 1
+    def extensions(self, parent: bytes, content: Content) -> Iterator[Block]:
+        """Yield the blocks after `parent` that begin with `content` and go on."""
+        count = sum(map(len, content[::2])) // TOKEN_BYTES
+        runs, at, end = self._place(parent, content)
+        for i in range(at, len(runs)):
+            for child in runs[i][end if i == at else 0 :]:
+                if common_tokens(_content(child), content) < count:
+                    return
+                yield child
 
-    def _place(self, parent: bytes, tokens: bytes) -> tuple[tuple[Block, ...], int]:
-        """The blocks after `parent`, and where the first is that stands behind `tokens`."""
-        siblings = self._children.get(parent, ())
-        return siblings, bisect_right(siblings, tokens, key=_tokens_of)
+    def _around(self, parent: bytes, content: Content) -> tuple[Block | None, Block | None]:
+        """The blocks after `parent` that stand before, or at, and behind `content`."""
+        runs, at, end = self._place(parent, content)
+        if not runs:
+            return None, None
+        run = runs[at]
+        behind = run[end] if end < len(run) else runs[at + 1][0] if at + 1 < len(runs) else None
+        return run[end - 1] if end else None, behind
 
-
-def common_tokens(one: bytes, other: bytes) -> int:
-    """Return how many tokens two encoded sequences begin with in common."""
-    low, high = 0, min(len(one), len(other)) // TOKEN_BYTES
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[: middle * TOKEN_BYTES] == other[: middle * TOKEN_BYTES]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def total_length(blocks: Iterable[Block]) -> int:
-    """Return the tokens of several blocks."""
-    return sum(block.length for block in blocks)
+    def _place(self, parent: bytes, content: Content) -> tuple[list[tuple[Block, ...]], int, int]:
+        """The blocks after `parent` in runs, the run where `content` belongs, and the first block behind it there."""
+        runs = self._children.get(parent, [])
+        at = max(bisect_right(runs, content, key=_first) - 1, 0) if len(runs) > 1 else 0
+        return runs, at, bisect_right(runs[at], content, key=_content) if runs else 0

@@ -1,7 +1,8 @@
 """Match: what a prefix cache has of a prompt, borrowed until it is loaded or closed."""
 
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import ReleasedError
@@ -10,27 +11,29 @@ from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.template import fill_template
 
 if TYPE_CHECKING:
-    from agnostic_cache.held.lease import Borrows
     from agnostic_cache.prefix.single_flight import Claim
 
 
+class Lease(Protocol):
+    """States that stay as they are until `close`."""
+
+    def states(self) -> list[KVState]:
+        """Return them, in order."""
+        ...
+
+    def close(self) -> None:
+        """Let go of them. Idempotent."""
+        ...
+
+
 class Loaded:
-    """States that a storage gave: host memory that nobody writes, for one match.
+    """The lease on states that a storage gave: host memory that nobody writes, for one match."""
 
-    Attributes:
-        framework: Of the arrays that they were stored from.
-    """
+    __slots__ = ("_states",)
 
-    __slots__ = ("_states", "framework")
-
-    def __init__(self, states: list[KVState], framework: str = "host") -> None:
+    def __init__(self, states: list[KVState]) -> None:
         """Take the states."""
         self._states = states
-        self.framework = framework
-
-    def __len__(self) -> int:
-        """How many they are."""
-        return len(self._states)
 
     def states(self) -> list[KVState]:
         """Return them, in order."""
@@ -50,33 +53,45 @@ class Match:
         length: Tokens of the prompt that it covers: fewer than the prompt has, so that one is left to compute.
         known: Tokens up to which whole blocks are here. More than `length` where a state cannot end there yet: the
             prompt parts from another one, and a state stored there would serve both.
+        other_weights: Blocks that other weights computed were passed over.
+        claim: The right to compute what is lacking, which ends with the match.
     """
 
-    __slots__ = ("_claim", "_count", "_here", "_layout", "_leases", "_rows", "known", "length")
+    __slots__ = ("_count", "_framework", "_layout", "_leases", "_rows", "claim", "known", "length", "other_weights")
 
     def __init__(
         self,
-        lease: "Borrows | None",
-        here: int,
-        loaded: "Loaded | None",
-        snapshot: "Borrows | Loaded | None",
-        count: int,
-        rows: int,
-        length: int,
-        layout: KVLayout | None,
+        leases: Sequence[Lease] = (),
+        *,
+        count: int = 0,
+        rows: int = 0,
+        length: int = 0,
+        known: int = 0,
+        framework: str = "host",
+        layout: KVLayout | None = None,
+        other_weights: bool = False,
     ) -> None:
-        """Take over what is lent and what was loaded, which comes behind the first `here` of what is lent.
+        """Take over leases on blocks, in order, and on what is valid at their end only.
 
-        Of all these blocks `count` matter, the last one up to `rows`.
+        Args:
+            leases: On blocks, of which `count` matter, and last on a snapshot.
+            count: See `leases`.
+            rows: How many tokens of the last block matter.
+            length: See the attribute.
+            known: See the attribute.
+            framework: Of the arrays that the first block was stored from.
+            layout: That of the cache.
+            other_weights: See the attribute.
         """
-        self._leases = [lease, loaded, snapshot]
-        self._here = here
+        self._leases = leases
         self._count = count
         self._rows = rows
+        self._framework = framework
         self._layout = layout
-        self._claim: Claim | None = None
+        self.claim: Claim | None = None
         self.length = length
-        self.known = length
+        self.known = max(length, known)
+        self.other_weights = other_weights
 
     def __bool__(self) -> bool:
         """Whether there is something to load."""
@@ -99,7 +114,7 @@ class Match:
         """Return the state of the matched tokens: private, assembled, yours to write, donate or delete.
 
         Blocks that the result may share without ever being seen to change are shared, all others copied once. The
-        match is closed afterwards.
+        match is closed afterwards, but for its claim on what it lacks.
 
         Args:
             like: A template, consumed: buffers are filled in place, containers filled; see `KVState.unwrap`. By default
@@ -119,7 +134,7 @@ class Match:
             return like
         parts = self._parts()
         try:
-            framework = to or (adapter_for(like).framework if like is not None else self._native(parts[0]))
+            framework = to or (self._framework if like is None else adapter_for(like).framework)
             parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
                 return fill_template(parts, like, layout if layout is not None else self._layout)
@@ -132,31 +147,20 @@ class Match:
         if not self._leases:
             msg = "this Match was loaded or closed; ask the cache for another"
             raise ReleasedError(msg)
-        lent, loaded, snapshot = ([] if lease is None else lease.states() for lease in self._leases)
-        parts = [*lent[: self._here], *loaded, *lent[self._here :]][: self._count]
+        *blocks, snapshot = (lease.states() for lease in self._leases)
+        parts = [state for states in blocks for state in states][: self._count]
         if parts[-1].length > self._rows:
-            parts[-1]._length = self._rows  # ours alone; rows beyond the length do not count
+            parts[-1] = parts[-1].narrowed(length=self._rows)
         return [*parts, *snapshot]
-
-    def _native(self, first: KVState) -> str:
-        """The framework that the first block was stored from."""
-        loaded = self._leases[1]
-        return loaded.framework if isinstance(loaded, Loaded) and not self._here and len(loaded) else first.framework
 
     def close(self) -> None:
         """Give the blocks back, and let others compute what it lacks. Idempotent."""
-        claim, self._claim = self._claim, None
+        claim, self.claim = self.claim, None
         if claim is not None:
             claim.end()
         self._release()
 
     def _release(self) -> None:
-        leases, self._leases = self._leases, []
+        leases, self._leases = self._leases, ()
         for lease in leases:
-            if lease is not None:
-                lease.close()
-
-    def __del__(self) -> None:
-        """Let others compute what it lacks; the leases give themselves back."""
-        if self._claim is not None:
-            self._claim.end()
+            lease.close()

@@ -4,61 +4,30 @@ Here is what a user calls; `block_store.py` keeps the blocks, in one `StateCache
 storage below it.
 """
 
-import os
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from agnostic_cache.errors import (
-    CacheBypassWarning,
-    CacheCopyError,
-    InvalidNamespaceError,
-    InvalidSizeError,
-    LengthMismatchError,
-)
+from agnostic_cache.errors import CacheBypassWarning, CacheCopyError
 from agnostic_cache.eviction.evictor import BaseEvictor
 from agnostic_cache.held.state_cache import StateCache
+from agnostic_cache.prefix.arguments import check_settings, take_state
 from agnostic_cache.prefix.block_store import BlockStore
-from agnostic_cache.prefix.chain import TOKEN_BYTES, encode, next_key, root_key
 from agnostic_cache.prefix.match import Match
+from agnostic_cache.prefix.prompt import Extra, Prompt
 from agnostic_cache.prefix.single_flight import SingleFlight
+from agnostic_cache.prefix.stats import PrefixCacheStats
 from agnostic_cache.prefix.weights import Weights
-from agnostic_cache.state.kv_state import KVState
+from agnostic_cache.process import forks
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.trace import Trace
 
 if TYPE_CHECKING:
-    from agnostic_cache.storage.backend import StorageBackend
+    from agnostic_cache.storage.backend import StorageBackend  # few have one: it is imported with the first
     from agnostic_cache.storage.tier import TierStats
-
-
-class PrefixCacheStats(NamedTuple):
-    """What a `PrefixCache` holds and did.
-
-    Attributes:
-        lookup_tokens: Tokens of all prompts that were matched.
-        hit_tokens: Tokens of these that were there.
-        inserted_tokens: Tokens whose rows were copied in.
-        entries: Blocks and snapshots that can be found.
-        current_bytes: Physical bytes of them and of what is deferred, each byte once.
-        evictions: Blocks and snapshots that left to make room.
-        bypassed: Calls that went past the cache.
-        mismatches: Blocks under the right key with other tokens: dropped, never handed out.
-    """
-
-    lookup_tokens: int
-    hit_tokens: int
-    inserted_tokens: int
-    entries: int
-    current_bytes: int
-    evictions: int
-    bypassed: int
-    mismatches: int
 
 
 class PrefixCache:
@@ -91,6 +60,7 @@ class PrefixCache:
         *,
         namespace: str,
         salt: bytes = b"",
+        fingerprint: str | None = None,
         block_size: int = 256,
         layout: KVLayout | None = None,
         evictor: str | BaseEvictor = "adaptive",
@@ -106,8 +76,11 @@ class PrefixCache:
             max_bytes: Budget of physical bytes; see `StateCache`.
             namespace: Names the weights that states are computed with: `model_fingerprint` of the model, or a name that
                 several processes or frameworks agree on.
-            salt: Separates tenants: whoever has another salt never meets these entries, nor learns of them by time.
-                Comes from whom a server has authenticated, never from the request.
+            salt: Separates tenants where a call names none: whoever has another salt never meets these entries, nor
+                learns of them by time. Comes from whom a server has authenticated, never from the request.
+            fingerprint: `model_fingerprint` of the model, where `namespace` is a name that was chosen. Blocks that
+                another model of the same framework stored under it are misses, with one warning. By default that of
+                the model that the verbs of PyTorch meet first; without a model, nothing is compared.
             block_size: Tokens per block; a multiple of every stride in the state.
             layout: Roles and names of leaves; by default what containers and adapters know.
             evictor: Eviction policy; see `StateCache`.
@@ -126,111 +99,183 @@ class PrefixCache:
             UnknownPolicyError: No such policy.
             AgnosticCacheError: The storage cannot be opened; see `open_storage`.
         """
-        _check(namespace, salt, block_size)
+        check_settings(namespace, salt, block_size)
         self.namespace = namespace
         self.block_size = block_size
         self.layout = layout
         self.exact = exact
         self._salt = salt
+        self._fingerprint = fingerprint
         self._ttl_seconds = ttl_seconds
         self._trace = trace
         self._clock = clock
-        stored = None
+        states = StateCache(max_bytes, evictor=evictor, trace=self._on_event, clock=clock)
+        self._blocks = BlockStore(states, block_size, layout, granular=not exact, clock=clock)
         if storage is not None:
             from agnostic_cache.prefix.stored_blocks import StoredBlocks, open_tiers  # noqa: PLC0415 - few need them
 
-            stored = StoredBlocks(open_tiers(storage), block_size, layout, clock)
-        states = StateCache(max_bytes, evictor=evictor, trace=self._told)
-        self._blocks = BlockStore(states, block_size, layout, granular=not exact, clock=clock, stored=stored)
+            kind_of = self._blocks.kind_of
+            self._blocks.stored = StoredBlocks(open_tiers(storage), block_size, layout, clock, kind_of)
         self._start()
-        _caches.add(self)
+        forks.watch(self)
 
     def _start(self) -> None:
-        self._lock = threading.RLock()  # guards the counts; a finaliser may come in the middle
+        self._lock = Lock()  # guards the counts
         self._flights = SingleFlight()
-        self._weights = Weights(self.namespace)
+        self._weights = Weights(self.namespace, self._fingerprint)
         self._warned: set[str] = set()
         self._lookup_tokens = self._hit_tokens = self._bypassed = 0
 
+    def after_fork(self) -> None:
+        """Be empty in a forked child."""
+        self._start()
+        self._blocks.start()
+
+    def _prompt(
+        self, tokens: Any, context: bytes, salt: bytes | None, salt_from: int, extras: Iterable[Extra]
+    ) -> Prompt:
+        return Prompt(tokens, self.namespace, self._salt if salt is None else salt, context, salt_from, extras)
+
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def match(self, tokens: Any, *, context: bytes = b"", read: bool = True, single_flight: bool = False) -> Match:
+    def match(
+        self,
+        tokens: Any,
+        *,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+        fingerprint: str | None = None,
+        read: bool = True,
+        single_flight: bool = False,
+    ) -> Match:
         """Find the longest prefix of a prompt that is here, and borrow it. Copies nothing.
 
         Where all leaves are `TOKENS` it may end at any token, where some are `WINDOW` at the end of a block, and where
-        some are `SNAPSHOT` where one was stored. It never covers the last token, whose logits the caller needs.
+        some are `SNAPSHOT` where one was stored. It never covers the last token, whose logits the caller needs, and
+        never ends inside an atomic extra. In a finaliser that interrupts another call of its thread it finds nothing.
 
         Args:
             tokens: The prompt: see `prefix.chain.encode`.
-            context: What else the state depends on: images, adapters, custom positions ...
+            context: What else the whole state depends on: adapters, custom positions ...
+            salt: Whose tokens they are; by default the cache's.
+            salt_from: How many of the first tokens are everybody's: a system prompt that tenants share.
+            extras: What stands at places of the prompt besides tokens, such as an image, in order:
+                ``(start, stop, digest, atomic)``. Prompts share what stands before an extra, and what stands behind it
+                only where the digests are equal. Within an `atomic` one, whose tokens attend to each other in both
+                directions, nothing is cut.
+            fingerprint: Of the model that will read the state; by default what the namespace stands for. Blocks that
+                another model of the same framework stored are misses, with one warning.
             read: False gives an empty match, as if nothing were here.
             single_flight: Where another thread has matched and not yet inserted what this one lacks, wait for it. The
-                match then stands for the claim to compute it: close it when that fails.
+                match then stands for the claim to compute it: close it when that fails. A thread that has such a match
+                open does not wait.
 
         Raises:
             InvalidTokensError: They are no prompt.
-            InvalidNamespaceError: `context` is no bytes.
+            InvalidNamespaceError: `context` or `salt` is no bytes.
+            InvalidExtrasError: `extras` or `salt_from` do not fit the prompt.
         """
-        data = encode(tokens)
-        root = self._root(context)
-        limit = max(len(data) // TOKEN_BYTES - 1, 0)
+        prompt = self._prompt(tokens, context, salt, salt_from, extras)
+        limit, size = max(prompt.count - 1, 0), self.block_size
         if self.exact:
-            limit -= limit % self.block_size
+            limit -= limit % size
         while True:
-            match, parent = self._blocks.find(data, root, limit) if read else (_empty(), root)
+            match = self._blocks.find(prompt, limit, fingerprint or self._weights.named) if read else Match()
             if not single_flight or match.length == limit:
                 break
-            begin = match.length - match.length % self.block_size
-            lacking = next_key(parent, data[begin * TOKEN_BYTES : (begin + self.block_size) * TOKEN_BYTES])
-            match._claim = self._flights.claim(lacking)
-            if match._claim is not None:
+            end = match.length - match.length % size + size
+            *_, (lacking, _, _) = prompt.cut(size, end=end)
+            match.claim = self._flights.claim(lacking)
+            if match.claim is not None:
                 break
             match.close()
-        with self._lock:
-            self._lookup_tokens += len(data) // TOKEN_BYTES
-            self._hit_tokens += match.length
+        if not self._lock.is_mine():
+            with self._lock:
+                self._lookup_tokens += prompt.count
+                self._hit_tokens += match.length
+        if match.other_weights:
+            try:
+                self._warn(f"other weights stored states under namespace {self.namespace!r}: misses; choose another")
+            except BaseException:  # warnings are errors here
+                match.close()
+                raise
         if self._trace is not None:
-            self._trace("prefix_cache.match", {"tokens": len(data) // TOKEN_BYTES, "hit": match.length})
+            self._trace("prefix_cache.match", {"tokens": prompt.count, "hit": match.length})
         return match
 
-    def warm(self, prompts: Iterable[Any], *, context: bytes = b"") -> int:
-        """Make what is here of each prompt the newest, so that it leaves last; return how many tokens that are."""
-        root = self._root(context)
-        found = 0
-        for prompt in prompts:
-            data = encode(prompt)
-            match, _ = self._blocks.find(data, root, len(data) // TOKEN_BYTES, below=False)
+    def warm(
+        self,
+        prompts: Iterable[Any],
+        *,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+    ) -> int:
+        """Make what is here of each prompt the newest, so that it leaves last; return how many tokens that are.
+
+        Keywords are those of `match`, for every prompt.
+        """
+        found, extras = 0, tuple(extras)
+        for tokens in prompts:
+            prompt = self._prompt(tokens, context, salt, salt_from, extras)
+            match = self._blocks.find(prompt, prompt.count, below=False)
             found += match.length
             match.close()
         return found
 
-    def prefetch(self, tokens: Any, *, context: bytes = b"") -> None:
-        """Bring what lies in slow tiers of the storage of a prompt to the fast one, in the background; do not wait."""
-        data, root = encode(tokens), self._root(context)
-        if self._blocks.stored is not None:
-            self._blocks.stored.prefetch(root, data)
+    def prefetch(
+        self,
+        tokens: Any,
+        *,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+    ) -> None:
+        """Bring what lies in slow tiers of the storage of a prompt to the fast one, in the background; do not wait.
+
+        Keywords are those of `match`.
+        """
+        prompt, stored = self._prompt(tokens, context, salt, salt_from, extras), self._blocks.stored
+        if stored is not None:
+            stored.prefetch(prompt)
 
     # --- in ----------------------------------------------------------------------------------------------------------
 
-    def insert(
+    def insert(  # noqa: PLR0913 - what a state depends on is said by keywords
         self,
         tokens: Any,
         state: Any,
         *,
         length: int | None = None,
         context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+        fingerprint: str | None = None,
         layout: KVLayout | None = None,
         write: bool = True,
         ttl_seconds: float | None = None,
     ) -> int:
         """Copy in what is not here yet of a prompt's state; `state` stays the caller's.
 
+        A state of another structure or dtype than what is here of the prompt is not kept: blocks of both could not be
+        joined. Blocks that other weights computed are replaced.
+
         Args:
             tokens: What `state` was computed from.
             state: A native state or a `KVState`.
             length: How many of the first tokens and rows to take, where `state` stands for more or fewer than `tokens`;
-                by default it stands for all of them and no more.
+                by default it stands for all of them and no more. Where that is inside an atomic extra, what stands
+                before the extra is taken.
             context: As in `match`.
+            salt: As in `match`.
+            salt_from: As in `match`.
+            extras: As in `match`.
+            fingerprint: Of the model that computed the state; by default what the namespace stands for.
             layout: Roles and names of the leaves of a native state; by default the cache's own.
             write: False takes nothing in.
             ttl_seconds: How long the blocks stay valid; by default as the cache was told.
@@ -240,22 +285,22 @@ class PrefixCache:
 
         Raises:
             LengthMismatchError: The state stands for another number of tokens. Nothing is stored.
+            PinLimitError: The prompt is pinned and takes more than half of the budget. What fits there is kept.
+            InvalidExtrasError: `extras` or `salt_from` do not fit the prompt.
             AgnosticCacheError: The state cannot be kept; see `wrap`.
         """
-        data = encode(tokens)
-        held, count = _take(state, len(data) // TOKEN_BYTES, length, layout or self.layout)
-        root = self._root(context)
-        if self.exact:
-            count -= count % self.block_size
+        prompt = self._prompt(tokens, context, salt, salt_from, extras)
+        held, count = take_state(state, prompt.count, length, layout or self.layout)
+        count = prompt.boundary(count, self.block_size) if self.exact else prompt.stop(count)
         if not write or not count:
             return 0
         seconds = self._ttl_seconds if ttl_seconds is None else ttl_seconds
         deadline = None if seconds is None else self._clock() + seconds
-        blocks = self._blocks.plan(data, root, held, count, deadline)
+        blocks = self._blocks.plan(prompt, held, count, fingerprint or self._weights.named, deadline)
         keys = [block.key for block in blocks]
-        self._flights.spread(keys)
         try:
-            made = self._blocks.insert(data, blocks, held)
+            self._flights.spread(keys)
+            made = self._blocks.insert(prompt, blocks, held)
         finally:
             self._flights.land(keys)
         if self._trace is not None:
@@ -264,13 +309,71 @@ class PrefixCache:
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
-    def pin(self, tokens: Any, *, context: bytes = b"") -> int:
-        """Keep what is here of a prompt from being evicted until as many `unpin`; return how many tokens that are."""
-        return self._blocks.pin(encode(tokens), self._root(context), self._blocks.states.pin)
+    def pin(
+        self,
+        tokens: Any,
+        *,
+        ttl_seconds: float | None = None,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+    ) -> int:
+        """Keep a prompt from being evicted, until as many `unpin`, or `clear`; return how many tokens of it are here.
 
-    def unpin(self, tokens: Any, *, context: bytes = b"") -> int:
-        """Take one `pin` back; return how many tokens it was for."""
-        return self._blocks.pin(encode(tokens), self._root(context), self._blocks.states.unpin)
+        The pin is the prompt's: it may come before the first insert, and holds when the prompt goes on. Nothing is
+        pinned that a longer prompt adds.
+
+        Args:
+            tokens: The prompt.
+            ttl_seconds: How long the pin holds; by default until it is taken back.
+            context: As in `match`.
+            salt: As in `match`.
+            salt_from: As in `match`.
+            extras: As in `match`.
+
+        Raises:
+            PinLimitError: Pinned prompts would fill more than half of the budget. This one is not pinned. `insert`
+                raises it where a prompt comes in that was pinned before.
+        """
+        return self._blocks.pin(self._prompt(tokens, context, salt, salt_from, extras), ttl_seconds)
+
+    def unpin(
+        self,
+        tokens: Any,
+        *,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+    ) -> int:
+        """Take one `pin` of a prompt back; return how many tokens of it are here. Keywords are those of `match`."""
+        return self._blocks.unpin(self._prompt(tokens, context, salt, salt_from, extras))
+
+    def remove(
+        self,
+        tokens: Any,
+        *,
+        context: bytes = b"",
+        salt: bytes | None = None,
+        salt_from: int = 0,
+        extras: Iterable[Extra] = (),
+        stored: bool = False,
+    ) -> int:
+        """Drop the blocks that lie wholly within a prompt, pinned or not; return how many tokens that were.
+
+        Blocks that other prompts share are dropped too. A longer prompt's block that begins with the last tokens of
+        this one stays. What is borrowed is freed when it is given back.
+
+        Args:
+            tokens: The prompt.
+            context: As in `match`.
+            salt: As in `match`.
+            salt_from: As in `match`.
+            extras: As in `match`.
+            stored: Whether the storage drops them too. By default they stay there, and are found there.
+        """
+        return self._blocks.remove(self._prompt(tokens, context, salt, salt_from, extras), below=stored)
 
     def clear(self) -> None:
         """Drop everything, pinned blocks included; what is borrowed leaves when it is given back.
@@ -281,8 +384,9 @@ class PrefixCache:
 
     def flush(self) -> None:
         """Wait until all that was inserted is in every tier of the storage, but for what `tier_stats` calls skipped."""
-        if self._blocks.stored is not None:
-            self._blocks.stored.tiers.flush()
+        stored = self._blocks.stored
+        if stored is not None:
+            stored.tiers.flush()
 
     def close(self) -> None:
         """Flush, close the storage, and drop everything. Idempotent; the cache goes on without a storage."""
@@ -302,9 +406,9 @@ class PrefixCache:
         self.close()
 
     def stats(self) -> PrefixCacheStats:
-        """Return what the cache holds and did. Linear in entries."""
-        inner, blocks = self._blocks.states.stats(), self._blocks
-        below = blocks.stored.mismatches if blocks.stored is not None else 0
+        """Return what the cache holds and did."""
+        inner, blocks, stored = self._blocks.states.stats(), self._blocks, self._blocks.stored
+        below = 0 if stored is None else stored.mismatches
         with self._lock:
             tokens = (self._lookup_tokens, self._hit_tokens, blocks.inserted_tokens)
             rest = (inner.entries, inner.current_bytes, inner.evictions, self._bypassed, blocks.mismatches + below)
@@ -312,7 +416,8 @@ class PrefixCache:
 
     def tier_stats(self) -> "list[TierStats]":
         """Return what each tier of the storage holds and did, the fastest first; nothing where there is none."""
-        return [] if self._blocks.stored is None else self._blocks.stored.tiers.tier_stats()
+        stored = self._blocks.stored
+        return [] if stored is None else stored.tiers.tier_stats()
 
     # --- for the verbs of frameworks ---------------------------------------------------------------------------------
 
@@ -320,10 +425,15 @@ class PrefixCache:
         """Count a call that goes past the cache, and warn of the first for each reason."""
         with self._lock:
             self._bypassed += 1
-            new = reason not in self._warned
-            self._warned.add(reason)
+        self._warn(f"PrefixCache is bypassed: {reason}")
+
+    def _warn(self, message: str) -> None:
+        """Warn of the first of each kind."""
+        with self._lock:
+            new = message not in self._warned
+            self._warned.add(message)
         if new:
-            warnings.warn(f"PrefixCache is bypassed: {reason}", CacheBypassWarning, stacklevel=3)
+            warnings.warn(message, CacheBypassWarning, stacklevel=4)
 
     def weights_context(self, model: object, stamp: Hashable, fingerprint: Callable[[], str]) -> bytes:
         """Return what to put into `context` for the weights of a model: nothing while they are those of the namespace.
@@ -340,11 +450,8 @@ class PrefixCache:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _root(self, context: bytes) -> bytes:
-        return root_key(self.namespace, self._salt, context)
-
-    def _told(self, event: str, facts: Mapping[str, object]) -> None:
-        self._blocks.told(event, facts)
+    def _on_event(self, event: str, facts: Mapping[str, object]) -> None:
+        self._blocks.on_event(event, facts)
         if self._trace is not None:
             self._trace(event, facts)
 
@@ -356,54 +463,3 @@ class PrefixCache:
         """
         msg = "a PrefixCache owns device memory and cannot be pickled or copied; share it by reference"
         raise CacheCopyError(msg)
-
-
-def _check(namespace: object, salt: object, block_size: object) -> None:
-    """Raise where a cache cannot be made of what it was given."""
-    if not isinstance(namespace, str) or not namespace or not isinstance(salt, bytes):
-        msg = (
-            f"namespace={namespace!r}, salt of type {type(salt).__qualname__}; pass a name of the weights, such as "
-            "model_fingerprint(model), and the salt as bytes"
-        )
-        raise InvalidNamespaceError(msg)
-    if not isinstance(block_size, int) or block_size < 1:
-        msg = f"block_size={block_size!r} is no number of tokens; pass a positive int, such as 256"
-        raise InvalidSizeError(msg)
-
-
-def _empty() -> Match:
-    return Match(None, 0, None, None, 0, 0, 0, None)
-
-
-def _take(state: Any, count: int, length: int | None, layout: KVLayout | None) -> tuple[KVState, int]:
-    """The state, and how many tokens of it to keep."""
-    wanted = count if length is None else length
-    if isinstance(state, KVState):
-        held = state
-    else:
-        try:
-            held = wrap(state, layout=layout, length=wanted)
-        except LengthMismatchError:
-            if length is None:
-                raise
-            held = wrap(state, layout=layout)  # it stands for more
-    if not 0 <= wanted <= min(count, held.length) or (length is None and held.length != count):
-        msg = (
-            f"a state of {held.length} tokens for a prompt of {count}, length={length}; pass the tokens that it "
-            "was computed from, or length= where only the first ones are to be kept"
-        )
-        raise LengthMismatchError(msg)
-    return held, wanted
-
-
-# What a process has forked is state of the process.
-_caches: "weakref.WeakSet[PrefixCache]" = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for cache in list(_caches):
-        cache._start()
-        cache._blocks.start()
-
-
-os.register_at_fork(after_in_child=_forget_all)

@@ -9,14 +9,14 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from agnostic_cache.blob.safetensors import Parts
-from agnostic_cache.blob.state_blob import Blob, encode
+from agnostic_cache.blob.state_blob import StoredState, encode
 from agnostic_cache.errors import BlobError
 from agnostic_cache.eviction.evictor import PutStatus
-from agnostic_cache.prefix.chain import TOKEN_BYTES, cut
-from agnostic_cache.prefix.index import Block, has_snapshots, windows_of
+from agnostic_cache.prefix.block import Block, Kind, windows_of
+from agnostic_cache.prefix.chain import TOKEN_BYTES
+from agnostic_cache.prefix.prompt import Prompt
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.storage.backend import StorageBackend
@@ -50,20 +50,6 @@ def open_tiers(storage: str | StorageBackend | Sequence[str]) -> TieredStorage:
     return TieredStorage(tiers, max_pending_bytes=_STAGING)
 
 
-class StoredBlock(NamedTuple):
-    """A block that came out of the storage.
-
-    Attributes:
-        block: What a match needs to know of it.
-        state: Its rows, in host memory.
-        framework: Of the arrays that they were stored from.
-    """
-
-    block: Block
-    state: KVState
-    framework: str
-
-
 class _Look(threading.local):
     """What a thread's last match found in the storage, and when.
 
@@ -92,7 +78,12 @@ class StoredBlocks:
     """
 
     def __init__(
-        self, tiers: TieredStorage, block_size: int, layout: KVLayout | None, clock: Callable[[], float]
+        self,
+        tiers: TieredStorage,
+        block_size: int,
+        layout: KVLayout | None,
+        clock: Callable[[], float],
+        kind_of: Callable[[KVState, str, str | None], Kind],
     ) -> None:
         """Take over a storage.
 
@@ -101,6 +92,7 @@ class StoredBlocks:
             block_size: Tokens per block.
             layout: Layout that states shall carry.
             clock: Seconds, to measure with.
+            kind_of: Returns the kind of a state, from it, its framework and its writer's fingerprint.
         """
         self.tiers = tiers
         self.seconds_per_token: float | None = None
@@ -109,25 +101,35 @@ class StoredBlocks:
         self._block_size = block_size
         self._layout = layout
         self._clock = clock
+        self._kind_of = kind_of
         self._look = _Look()
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
-    def load(self, parent: bytes, data: bytes) -> list[StoredBlock]:
-        """Return the first blocks of `data` behind `parent`, as far as they are there and worth it, in host memory."""
-        pieces = list(cut(data, parent, self._block_size))
+    def load(
+        self, prompt: Prompt, begin: int, end: int, parent: bytes, takes: Callable[[Kind], bool]
+    ) -> list[tuple[Block, KVState]]:
+        """Return the first blocks of tokens ``[begin, end)``, as far as they are there and worth it, in host memory.
+
+        Args:
+            prompt: The prompt.
+            begin: Where a block begins.
+            end: Where one ends.
+            parent: Key of the block before them.
+            takes: Says whether the caller has use for a block of this kind.
+        """
+        pieces = list(prompt.cut(self._block_size, begin=begin, end=end, parent=parent))
         seconds = self.seconds_per_token
         worth = None if seconds is None else seconds * self._block_size
-        blobs = self.tiers.load([_name(key) for key, _ in pieces], seconds_per_key=worth)
-        found: list[StoredBlock] = []
-        for (key, tokens), blob in zip(pieces, blobs, strict=False):
+        blobs = self.tiers.load([_name(key) for key, *_ in pieces], seconds_per_key=worth)
+        found: list[tuple[Block, KVState]] = []
+        for (key, tokens, marks), blob in zip(pieces, blobs, strict=False):
             read = self._read(_name(key), tokens, self._block_size, blob)
-            if read is None:
+            if read is None or not takes(read[1]):
                 break
-            state, framework = read
-            windows = windows_of(state, 0, state.length)
-            block = Block(key, parent, tokens, windows, snapshots=has_snapshots(state), deadline=None)
-            found.append(StoredBlock(block, state, framework))
+            state, kind = read
+            block = Block(key, parent, tokens, windows_of(state, 0, state.length), kind, marks=marks)
+            found.append((block, state))
             self._look.blocks[key] = block
             parent = key
         return found
@@ -146,24 +148,29 @@ class StoredBlocks:
         read = None if blob is None else self._read(name, last.tokens, 0, blob)
         return None if read is None else read[0]
 
-    def prefetch(self, parent: bytes, data: bytes) -> None:
-        """Bring the blocks of `data` behind `parent` to the first tier, in the background."""
-        self.tiers.prefetch([_name(key) for key, _ in cut(data, parent, self._block_size)])
+    def prefetch(self, prompt: Prompt) -> None:
+        """Bring the blocks of a prompt to the first tier, in the background."""
+        self.tiers.prefetch([_name(key) for key, *_ in prompt.cut(self._block_size)])
 
-    def _read(self, name: str, tokens: bytes, length: int, raw: memoryview) -> tuple[KVState, str] | None:
-        """Parse a blob of these tokens and so many rows; return its state and framework.
+    def remove(self, key: bytes) -> bool:
+        """Drop a block, and the snapshot at its end; return whether it was there."""
+        self.tiers.remove(_snapshot_name(key))
+        return self.tiers.remove(_name(key))
+
+    def _read(self, name: str, tokens: bytes, length: int, raw: memoryview) -> tuple[KVState, Kind] | None:
+        """Parse a blob of these tokens and so many rows; return its state and kind.
 
         One that is not what its name says is removed.
         """
         try:
-            blob = Blob(raw)
+            blob = StoredState(raw)
             known = blob.tokens()
             if known is None or known.tobytes() != tokens:
                 found: object = "other tokens"
             else:
                 state = blob.state(layout=self._layout)
                 if state.length == length:
-                    return state, blob.framework or "host"
+                    return state, self._kind_of(state, blob.framework or "host", blob.fingerprint)
                 found = f"{state.length} rows and not {length}"
         except BlobError as error:
             found = error
@@ -197,12 +204,12 @@ class StoredBlocks:
     def lacks(self, block: Block) -> bool:
         """Whether a block is to be put, as far as this thread's last match knows."""
         known = self._look.blocks.get(block.key)
-        return known is None or block.adds_to(known)
+        return known is None or not known.serves_for(block)
 
     def surpasses(self, block: Block) -> bool:
         """Whether what is stored has rows of windows that `block`, which is to come in, lacks."""
         known = self._look.blocks.get(block.key)
-        return known is not None and known.adds_to(block)
+        return known is not None and known.kind.joins(block.kind) and known.adds_to(block)
 
     def lacks_snapshot(self, block: Block) -> bool:
         """Whether a snapshot at the end of `block` is to be put, as far as this thread's last match knows."""
@@ -230,4 +237,5 @@ def _snapshot_name(key: bytes) -> str:
 def _blob(block: Block, state: KVState) -> Parts:
     tokens = array("I")
     tokens.frombytes(block.tokens)
-    return encode(state, tokens=tokens, checksum=False)  # what leaves the process is checked by its storage
+    # What leaves the process is checked by its storage.
+    return encode(state, tokens=tokens, checksum=False, fingerprint=block.kind.fingerprint)

@@ -1,21 +1,29 @@
 """What a model's weights add to the context of its states: nothing, while they are those of the namespace."""
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from agnostic_cache.fingerprint import PREFIX
+from agnostic_cache.process.lock import Lock
 
 
 class Weights:
-    """The weights that one namespace has met. Safe to use from several threads."""
+    """The weights that one namespace has met. Safe to use from several threads.
 
-    def __init__(self, namespace: str) -> None:
-        """Have met none."""
-        self._namespace = namespace
-        self._lock = threading.Lock()  # guards what follows
-        self._named: str | None = None  # the fingerprint that the namespace stands for
+    Attributes:
+        named: The fingerprint that the namespace stands for; None before that is known.
+    """
+
+    def __init__(self, namespace: str, fingerprint: str | None = None) -> None:
+        """Have met none.
+
+        Args:
+            namespace: A fingerprint, or a name that was chosen.
+            fingerprint: What the chosen name stands for; by default the weights that are met first.
+        """
+        self.named = fingerprint or (namespace if namespace.startswith(PREFIX) else None)
+        self._lock = Lock()  # guards what follows, and `named`
         self._known: weakref.WeakKeyDictionary[Any, dict[Hashable, str]] = weakref.WeakKeyDictionary()
 
     def context(self, model: object, stamp: Hashable, fingerprint: Callable[[], str]) -> bytes:
@@ -24,10 +32,10 @@ class Weights:
         if known is None or stamp not in known:
             found = fingerprint()
             with self._lock:
-                if self._named is None:
-                    self._named = self._namespace if self._namespace.startswith(PREFIX) else found
+                if self.named is None:
+                    self.named = found
                 known = self._known.setdefault(model, {})
                 # A fingerprint is a sample: of weights that changed under way, it may not tell.
-                name = "" if not known and found == self._named else f"{found} {stamp if known else ''}"
+                name = "" if not known and found == self.named else f"{found} {stamp if known else ''}"
                 known.setdefault(stamp, name)
         return known[stamp].encode()

@@ -15,6 +15,7 @@ class SupportsFork(Protocol):
 
 # What a process has forked is state of the process.
 _watched: "weakref.WeakSet[SupportsFork]" = weakref.WeakSet()
+_kept: list[object] = []
 
 
 def watch(thing: SupportsFork) -> None:
@@ -22,9 +23,15 @@ def watch(thing: SupportsFork) -> None:
     _watched.add(thing)
 
 
+def keep(*things: object) -> None:
+    """Keep what is the parent's from ever being freed in this child."""
+    _kept.extend(things)
+
+
 def _start_anew() -> None:
     for thing in list(_watched):
         thing.after_fork()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=_start_anew)

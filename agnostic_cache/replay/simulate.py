@@ -1,11 +1,13 @@
 """Simulate: requests against a cache of blocks that evicts by a policy."""
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.choose import CountingRoom, choose
+from agnostic_cache.eviction.evictor import BaseEvictor
 from agnostic_cache.eviction.gdsf import recompute_cost
+from agnostic_cache.eviction.policy import Policy
+from agnostic_cache.eviction.registry import make_policy
 from agnostic_cache.replay.traces import Trace
 
 
@@ -25,29 +27,10 @@ class Result(NamedTuple):
     token_hit_ratio: float
 
 
-class _Block:
-    """An entry: nobody looks into it."""
-
-    is_pinned = False
-
-
-class _Later:
-    """The `Room` of a request: its blocks come in first, and then the capacity is enforced."""
-
-    def short(self) -> bool:
-        return False
-
-    def let_go(self, key: Any) -> bool:  # noqa: ARG002
-        return False
-
-
-_BLOCK, _LATER = _Block(), _Later()
-
-
 def replay(
     trace: Trace,
     name: str,
-    evictor: BaseEvictor,
+    evictor: BaseEvictor | Policy,
     *,
     capacity: int,
     block_bytes: int,
@@ -60,16 +43,26 @@ def replay(
     Args:
         trace: The requests.
         name: Name of the policy, for the result.
-        evictor: The policy, new, with a maximum of ``capacity * block_bytes``.
+        evictor: The policy, new; its budget becomes ``capacity * block_bytes``.
         capacity: Blocks that the cache holds.
         block_bytes: Bytes of a block; the same for each, also a short last one.
         progress: Called now and then with the number of requests done since.
     """
-    entries: OrderedDict[int | str, _Block] = OrderedDict()
+    policy = make_policy(evictor, capacity * block_bytes)
+    entries: dict[int | str, None] = {}
     longest = max((len(request.blocks) for request in trace.requests), default=0)
     size = trace.block_tokens
     costs = [recompute_cost(depth * size, (depth + 1) * size) for depth in range(longest)]
-    get, put, evict = evictor.update_on_get, evictor.update_on_put, evictor.evict
+
+    def evict(over: int, newcomer: int | str | None = None, nbytes: int = 0) -> bool:
+        """Evict `over` blocks, and what exceeds a quota; say whether that could be done."""
+        room, expired = CountingRoom(over, lambda _: 1), policy.expired()
+        victims = choose(policy, entries, room, newcomer=newcomer, nbytes=nbytes, expired=expired)
+        for victim in victims or ():
+            del entries[victim]
+            policy.gone(victim, evicted=True)
+        return victims is not None
+
     hit_blocks = hit_tokens = done = 0
     for tokens, blocks in trace.requests:
         hits = 0
@@ -82,16 +75,11 @@ def replay(
         for depth in range(len(blocks) - 1, -1, -1):
             block = blocks[depth]
             if block in entries:
-                get(block, entries)
-            else:
-                victims, status = put(entries, block_bytes, key=block, cost=costs[depth], room=_LATER)
-                for victim in victims:
-                    del entries[victim]
-                if status is PutStatus.LEGAL:
-                    entries[block] = _BLOCK
-        if len(entries) > capacity:
-            for victim in evict(entries):
-                del entries[victim]
+                policy.used(block)
+            elif evict(0, block, block_bytes):  # the capacity is enforced below
+                entries[block] = None
+                policy.added(block, block_bytes, costs[depth])
+        evict(len(entries) - capacity)
         done += 1
         if progress is not None and done % 256 == 0:
             progress(256)

@@ -77,7 +77,7 @@ def stack_leaves(parts: Sequence["KVState"], length: int) -> dict[str, Leaf]:
             arrays, start = _windows(name, leaves, lengths, length, adapter)
             stacked[name] = leaf._replace(first=start)
         elif isinstance(leaf.role, TOKENS):
-            at, stride = leaf.role
+            at, stride = leaf.role.axis, leaf.role.stride
             trimmed = [counted(part, adapter, count) for part, count in zip(leaves, lengths, strict=True)]
             arrays = [_padded(array, at, length // stride, adapter) for array in trimmed]
         else:

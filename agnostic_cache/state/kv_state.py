@@ -396,6 +396,23 @@ class KVState:
         lent.layout = self.layout
         return lent
 
+    def narrowed(self, *, length: int | None = None, without: frozenset[str] = frozenset()) -> "KVState":
+        """Return a state that borrows the leaves and stands for less. Copies nothing.
+
+        Args:
+            length: Its tokens; rows behind them stay where they are and do not count.
+            without: Names of leaves that are `missing` in it.
+        """
+        lent = self.lend()
+        if self._ownership is Ownership.SHARED:
+            lent._ownership = Ownership.SHARED
+        if length is not None:
+            lent._length = length
+        if without:
+            lent._leaves = {name: leaf for name, leaf in lent._leaves.items() if name not in without}
+            lent.missing |= without
+        return lent
+
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
         self._gone, self._leaves = reason, {}

@@ -7,13 +7,14 @@ shapes; what none of these covers is `SNAPSHOT`, which is always right and never
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from agnostic_cache.arrays import registry
-from agnostic_cache.arrays.roles import LENGTH, LENGTH_NAMES, SNAPSHOT, TOKENS, WINDOW, Hint, Role, axis_names
+from agnostic_cache.arrays.roles import KEEP, LENGTH, LENGTH_NAMES, SNAPSHOT, TOKENS, WINDOW, Hint, Role, axis_names
 from agnostic_cache.errors import LayoutUnknownError, StructureMismatchError
 
-__all__ = ["LENGTH", "LENGTH_NAMES", "SNAPSHOT", "TOKENS", "WINDOW", "Hint", "KVLayout", "Role", "axis_names"]
+__all__ = ["KEEP", "LENGTH", "LENGTH_NAMES", "SNAPSHOT", "TOKENS", "WINDOW", "Hint", "KVLayout", "Role", "axis_names"]
 
 
 class _Pattern(NamedTuple):
@@ -109,7 +110,7 @@ class KVLayout:
                 msg = f"leaf {name!r} has {ndim} axes, but its role is {role}; mend the axis in the layout"
                 raise StructureMismatchError(msg)
             token_axis = role.axis % ndim
-            role = role._replace(axis=token_axis)
+            role = replace(role, axis=token_axis)
         if axes is None:
             stacked = self.stack_axis if token_axis is not None else None
             axes = axis_names(ndim, token_axis, stacked)

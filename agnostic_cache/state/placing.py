@@ -16,7 +16,6 @@ class Held(NamedTuple):
 
     spec: ArraySpec
     role: Role
-    kind: type  # of the role, because NamedTuples of two classes may be equal
     axes: tuple[str, ...]
     first: int
     layer: int | None  # of a stacked leaf
@@ -28,13 +27,11 @@ Move = tuple[tuple[int | slice, ...], tuple[int | slice, ...], tuple[int, ...]]
 """`at`, `source_at` and `order` of a `Fill`."""
 
 
-@functools.lru_cache(maxsize=64, typed=True)  # the layers of a model ask the same, one after another
+@functools.lru_cache(maxsize=64)  # the layers of a model ask the same, one after another
 def find_moves(
-    pieces: tuple[Held, ...], spec: ArraySpec, hint: Hint | None, layer: int | None, length: int, *, role: Role | None
+    pieces: tuple[Held, ...], spec: ArraySpec, hint: Hint | None, layer: int | None, length: int
 ) -> list[Move | None]:
     """Which rows of the pieces go where in a slot, or in one `layer` of it; None for a piece that is of no use.
-
-    `role` is that of `hint`, once more: ``typed`` looks no deeper.
 
     Raises:
         StructureMismatchError: They do not fit. The text goes on behind the name of the leaf.
@@ -44,7 +41,7 @@ def find_moves(
         extent_of(piece.role, piece.first, piece.begin, piece.length, rows)
         for piece, (_, rows, _) in zip(pieces, fits, strict=True)
     ]
-    spans = find_spans(tuple(extents), pieces[-1].role, role, fits[0][2], length)
+    spans = find_spans(tuple(extents), pieces[-1].role, None if hint is None else hint.role, fits[0][2], length)
     return [
         None if span is None else _move(piece, axes, layer, span)
         for piece, (axes, _, _), span in zip(pieces, fits, spans, strict=True)
@@ -106,7 +103,7 @@ def extent_of(role: Role, first: int, begin: int, length: int, rows: int) -> Ext
     return begin, length, None if type(role) is TOKENS else first, rows
 
 
-@functools.lru_cache(maxsize=64, typed=True)  # NamedTuples of two classes may be equal; roles are looked at by type
+@functools.lru_cache(maxsize=64)
 def find_spans(
     extents: tuple[Extent, ...], own: Role, asked: Role | None, room: int | None, length: int
 ) -> list[tuple[slice, slice] | None]:

@@ -176,10 +176,9 @@ def _shared_rows(name: str, slot: _Slot, parts: Sequence["KVState"], adapter: Ad
     if slot.array is not None or hint is None or not hint.frozen or type(hint.role) is not TOKENS:
         return None
     leaves = [part._leaves.get(name) for part in parts]
-    # A leaf begins array, role, axes, frozen; a role is equal to one of another kind with the same numbers.
-    if any(leaf is None or leaf[1:4] != hint or type(leaf.role) is not TOKENS for leaf in leaves):
+    if any(leaf is None or leaf[1:4] != hint for leaf in leaves):  # role, axes, frozen
         return None
-    axis, stride = hint.role
+    axis, stride = hint.role.axis, hint.role.stride
     arrays: list[Array] = [leaf.array for leaf in leaves if leaf is not None]
     for i, (part, shape) in enumerate(zip(parts, adapter.check_all(arrays), strict=True)):
         rows, rest = divmod(part.length, stride)
@@ -239,7 +238,7 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
         of_layer = [piece for piece in pieces if piece.target_layer == layer]
         held = tuple(map(_held, of_layer))
         try:
-            moves = find_moves(held, spec, slot.hint, layer, length, role=slot.role)
+            moves = find_moves(held, spec, slot.hint, layer, length)
         except StructureMismatchError as error:
             raise _named(name, error) from None
         for piece, move in zip(of_layer, moves, strict=True):
@@ -251,7 +250,7 @@ def _fills(name: str, slot: _Slot, pieces: Sequence[_Piece], adapter: Adapter, l
 
 def _held(piece: _Piece) -> Held:
     name, (_, role, axes, _, first), _, layer, begin, length, owner = piece
-    return Held(owner.spec(name), role, type(role), axes, first, layer, begin, length)
+    return Held(owner.spec(name), role, axes, first, layer, begin, length)
 
 
 def _named(name: str, error: StructureMismatchError) -> StructureMismatchError:

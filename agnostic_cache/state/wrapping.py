@@ -109,7 +109,7 @@ def _read_leaves(flat: Flat, layout: KVLayout | None) -> _Known:
             names[path] = name
         role, axes, frozen = hint
         if type(role) is TOKENS:
-            axis, stride = role
+            axis, stride = role.axis, role.stride
             if frozen and stride == 1:  # exactly the rows that count
                 stated.add(shape[axis] * stride)
             else:

@@ -58,7 +58,7 @@ class BlockPool:
         Raises:
             StorageFullError: There is no memory.
         """
-        with self._lock.taken():
+        with self._lock:
             for i in range(len(self._idle) - 1, -1, -1):
                 block = self._idle[i]
                 if nbytes <= len(block) <= 2 * nbytes and not is_read(block):
@@ -68,7 +68,7 @@ class BlockPool:
 
     def give(self, blocks: Iterable[mmap.mmap], max_idle_bytes: int) -> None:
         """Keep blocks for later; the oldest ones go, so that no more than `max_idle_bytes` lie idle."""
-        with self._lock.taken():
+        with self._lock:
             self._idle.extend(blocks)
             idle = sum(map(len, self._idle))
             while self._idle and idle > max_idle_bytes:

@@ -74,7 +74,7 @@ class Directory:
     @contextmanager
     def locked(self) -> Iterator[Total]:
         """Keep every other thread and process from changing what is there. The count is written down at the end."""
-        with self._door.taken():
+        with self._door:
             file = os.open(self.path / _TOTAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 self._locked.add(file)

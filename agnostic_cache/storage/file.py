@@ -8,6 +8,7 @@ What is acknowledged has reached the kernel: it survives the process. With ``syn
 
 import logging
 import os
+import sys
 import time
 from collections import Counter, OrderedDict
 from contextlib import suppress
@@ -17,8 +18,10 @@ from typing import NamedTuple, Self
 from agnostic_cache.blob.entry import seal
 from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
-from agnostic_cache.eviction.evictor import BaseEvictor, DummyEvictor, PutStatus
-from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.eviction.choose import CountingRoom, choose
+from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
+from agnostic_cache.eviction.policy import Policy
+from agnostic_cache.eviction.registry import make_policy
 from agnostic_cache.process.forks import watch
 from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
@@ -39,21 +42,6 @@ class _File(NamedTuple):
     nbytes: int  # of the file
 
 
-class _Room:
-    """What the budget of all processes lacks; see `agnostic_cache.eviction.Room`."""
-
-    def __init__(self, files: "OrderedDict[str, _File]", over: int) -> None:
-        self._files = files
-        self._over = over
-
-    def short(self) -> bool:
-        return self._over > 0
-
-    def let_go(self, key: str) -> bool:
-        self._over -= self._files[key].nbytes
-        return True
-
-
 class FileStorage(StorageBackend):
     """Blobs as files in a directory.
 
@@ -67,7 +55,7 @@ class FileStorage(StorageBackend):
         path: str | Path,
         max_bytes: int | str | None = None,
         *,
-        evictor: str | BaseEvictor = "adaptive",
+        evictor: str | BaseEvictor | Policy = "adaptive",
         compress: str = "",
         sync: bool = False,
     ) -> None:
@@ -78,7 +66,7 @@ class FileStorage(StorageBackend):
         Args:
             path: The directory; made with access for its owner alone, as are the files.
             max_bytes: Budget of all processes together, such as ``"100GiB"``; None for none.
-            evictor: Name of a policy, or an evictor that serves nobody else.
+            evictor: Name of a policy, or a policy or an evictor that serves nobody else.
             compress: ``"byteplanes+zstd"``, or "" for no compression. Entries of either kind can be read.
             sync: Wait for the disk at each put.
 
@@ -93,7 +81,7 @@ class FileStorage(StorageBackend):
         self.max_bytes = None if max_bytes is None else parse_size(max_bytes)
         self._codec, self._sync = compress, sync
         encode(b"", compress)  # refuses now what it would refuse later
-        self._evictor = DummyEvictor() if max_bytes is None else make_evictor(evictor, max_bytes)
+        self._policy = make_policy("fifo" if max_bytes is None else evictor, max_bytes or sys.maxsize)
         self._pool = BlockPool()
         self._closed = False
         self.after_fork()
@@ -109,9 +97,9 @@ class FileStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Know nothing yet of the directory, which is as much the child's as its parent's."""
-        self._evictor.reset()
+        self._policy.reset()
         self._lock = Lock()  # guards everything below; held for dict operations and counting only
-        self._files: OrderedDict[str, _File] = OrderedDict()  # by name, in the order of the policy
+        self._files: OrderedDict[str, _File] = OrderedDict()  # by name
         self._known = 0  # holds: the sum of the sizes in _files
         self._counts = Counter[str]()  # of `StorageStats`
 
@@ -147,7 +135,7 @@ class FileStorage(StorageBackend):
                 if self._sync:
                     os.fsync(file)
                 status = self._bring_in(aside, name, new)
-        with self._lock.taken():
+        with self._lock:
             self._counts["puts"] += status is PutStatus.LEGAL
             self._counts["refused"] += status is PutStatus.ILLEGAL
         return status
@@ -157,46 +145,43 @@ class FileStorage(StorageBackend):
         with self._directory.locked() as total:
             if not self._make_room(name, new, total):
                 return PutStatus.ILLEGAL
-            old = self._directory.size(name)
+            nbytes = self._directory.size(name)
             try:
                 self._directory.bring_in(aside, name, sync=self._sync)
             except BaseException:
-                with self._lock.taken():
-                    self._evictor.rollback(self._files, key=name)
+                with self._lock:
+                    old = self._files.get(name)
+                    self._unlist(name)
+                    if old is not None:
+                        self._list(name, old)
                 raise
-            total.nbytes += new.nbytes - old
-            with self._lock.taken():
+            total.nbytes += new.nbytes - nbytes
+            with self._lock:
                 self._list(name, new)
         return PutStatus.LEGAL
 
     def _make_room(self, name: str, new: _File, total: Total) -> bool:
-        """Let the policy say who leaves, until all processes together are within the budget."""
-        counted = False  # by the policy, as an entry
-        for look in (False, True):
-            if look:  # other processes have entries that this one does not know
-                self._look(total)
-            while True:
-                over = total.nbytes + new.nbytes - self._directory.size(name) - (self.max_bytes or 0)
-                room = _Room(self._files, over if self.max_bytes is not None else 0)
-                with self._lock.taken():
-                    if counted:
-                        victims = self._evictor.evict(self._files, room=room)
-                    else:
-                        victims, status = self._evictor.update_on_put(self._files, new.nbytes, key=name, room=room)
-                        counted = status is PutStatus.LEGAL
-                    for victim in victims:
-                        self._unlist(victim)
-                    self._counts["evictions"] += len(victims)
-                if not victims:  # none is needed, or none is known
-                    break
+        """Evict until all processes together are within the budget; say whether they are. The directory is locked."""
+        has_looked = False
+        while True:
+            over = total.nbytes + new.nbytes - self._directory.size(name) - (self.max_bytes or sys.maxsize)
+            room = CountingRoom(over, lambda victim: self._files[victim].nbytes)
+            with self._lock:
+                expired = self._policy.expired()
+                victims = choose(self._policy, self._files, room, newcomer=name, nbytes=new.nbytes, expired=expired)
+                for victim in victims or ():
+                    self._unlist(victim, evicted=True)
+                self._counts["evictions"] += len(victims or ())
+            if victims:
                 for victim in victims:
-                    total.nbytes -= self._directory.unlink(victim)
-            if counted and (over <= 0 or self.max_bytes is None):
+                    total.nbytes -= self._directory.unlink(victim)  # others may have done it before
+            elif victims is not None:
                 return True
-        if counted:
-            with self._lock.taken():
-                self._evictor.rollback(self._files, key=name)
-        return False
+            elif has_looked:
+                return False
+            else:  # other processes have entries that this one does not know
+                self._look(total)
+                has_looked = True
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
@@ -208,7 +193,7 @@ class FileStorage(StorageBackend):
         found = None
         try:
             with self._directory.translated("get"), self._directory.opened(name) as file:
-                if file is not None and not self._evictor.has_expired(name):
+                if file is not None and not self._policy.has_expired(name):
                     found = read_entry(file, key, self._pool)
                     with suppress(OSError):  # recency, for other processes and for later ones
                         os.utime(file)
@@ -218,7 +203,7 @@ class FileStorage(StorageBackend):
             with self._directory.translated("set aside"), self._directory.locked() as total:
                 total.nbytes -= self._directory.size(name)
                 self._put_away(name, error)
-        with self._lock.taken():
+        with self._lock:
             if found is None:
                 self._counts["misses"] += 1
                 return None
@@ -226,8 +211,9 @@ class FileStorage(StorageBackend):
             self._counts["hits"] += 1
             # One that this process did not know may be gone again; whoever removes it unlists it after this.
             if self._files.get(name) == _File(key, nbytes) or self._directory.contains(name):
-                self._learn(name, _File(key, nbytes))
-                self._evictor.update_on_get(name, self._files)
+                if self._files.get(name) != _File(key, nbytes):
+                    self._list(name, _File(key, nbytes))
+                self._policy.used(name)
             return blob
 
     def get_into(self, key: str, buffer: memoryview) -> int | None:
@@ -244,7 +230,7 @@ class FileStorage(StorageBackend):
         self._check_open()
         name = name_of(key)
         with self._directory.translated("contains"):
-            return self._directory.contains(name) and not self._evictor.has_expired(name)
+            return self._directory.contains(name) and not self._policy.has_expired(name)
 
     def describe(self, key: str) -> EntryFacts | None:
         """See `SupportsDescribe.describe`. The age counts from the last put or get of any process."""
@@ -264,18 +250,20 @@ class FileStorage(StorageBackend):
         with self._directory.translated("remove"), self._directory.locked() as total:
             found = self._directory.contains(name)
             total.nbytes -= self._directory.unlink(name)
-            with self._lock.taken():
-                self._evictor.update_on_remove(name, self._files)
+            with self._lock:
                 self._unlist(name)
         return found
 
     def list_keys(self) -> list[str]:
-        """See `StorageBackend.list_keys`. Looks at the directory, and reads the headers of files that are new to it."""
+        """See `StorageBackend.list_keys`. Looks at the directory, and reads the headers of files that are new to it.
+
+        In the order of the policy, the next victim first.
+        """
         self._check_open()
         with self._directory.translated("list"), self._directory.locked() as total:
             self._look(total)
-        with self._lock.taken():
-            return [file.key for file in self._files.values()]
+        with self._lock:
+            return [self._files[name].key for name in self._policy.order() if name in self._files]
 
     def close(self) -> None:
         """Let go of the directory, which keeps its entries. Idempotent."""
@@ -284,7 +272,7 @@ class FileStorage(StorageBackend):
 
     def stats(self) -> StorageStats:
         """Return what this process knows of the directory, and did in it."""
-        with self._lock.taken():
+        with self._lock:
             return StorageStats(
                 entries=len(self._files),
                 current_bytes=self._known,
@@ -297,9 +285,8 @@ class FileStorage(StorageBackend):
     def _look(self, total: Total) -> None:
         """Learn what is in the directory, and count it anew. The directory is locked."""
         there = self._directory.scan(total)
-        with self._lock.taken():
+        with self._lock:
             for name in self._files.keys() - there.keys():
-                self._evictor.update_on_remove(name, self._files)
                 self._unlist(name)
             known = {name: file.nbytes for name, file in self._files.items()}
         for name, nbytes in there.items():
@@ -315,35 +302,29 @@ class FileStorage(StorageBackend):
                 total.nbytes -= nbytes
                 self._put_away(name, error)
             else:
-                with self._lock.taken():
-                    self._learn(name, _File(key, nbytes))
+                with self._lock:
+                    self._list(name, _File(key, nbytes))
 
     def _put_away(self, name: str, error: BlobError) -> None:
         """Take a damaged file out of the way, and keep it for whoever wants to know. The directory is locked."""
         away = self._directory.put_away(name)
         _logger.warning("an entry is damaged, which is a miss, and now at %s: %s", away, error)
-        with self._lock.taken():
+        with self._lock:
             self._counts["corrupt"] += 1
-            self._evictor.update_on_remove(name, self._files)
             self._unlist(name)
 
-    def _learn(self, name: str, file: _File) -> None:
-        """List a file that somebody else wrote. The lock is held."""
-        if self._files.get(name) != file:
-            self._evictor.update_on_put(self._files, file.nbytes, key=name, room=_Room(self._files, 0))
-            self._list(name, file)
-
     def _list(self, name: str, file: _File) -> None:
-        """List a file that the policy has counted. The lock is held."""
-        self._unlist(name)
+        """List a file. The lock is held."""
+        old = self._files.pop(name, None)
         self._files[name] = file
-        self._known += file.nbytes
+        self._known += file.nbytes - (old.nbytes if old else 0)
+        self._policy.added(name, file.nbytes)
 
-    def _unlist(self, name: str) -> None:
+    def _unlist(self, name: str, *, evicted: bool = False) -> None:
         """Unlist a file. The lock is held."""
         gone = self._files.pop(name, None)
-        if gone is not None:
-            self._known -= gone.nbytes
+        self._known -= gone.nbytes if gone else 0
+        self._policy.gone(name, evicted=evicted)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,15 +5,15 @@ is asked of the backend for a while, then one call tries it.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from agnostic_cache.blob.pieces import Blob
-from agnostic_cache.errors import StorageBusyError, StorageError, StorageFullError
+from agnostic_cache.errors import BusyError, StorageError, StorageFullError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.storage.backend import (
     StorageBackend,
     StorageStats,
@@ -49,7 +49,7 @@ class Breaker:
 
     def after_fork(self) -> None:
         """Be closed."""
-        self._lock = threading.RLock()  # guards everything below
+        self._lock = Lock()  # guards everything below
         self._failures = 0
         self._pause = _FIRST_PAUSE
         self._until: float | None = None  # when the next call may try, while open
@@ -177,12 +177,12 @@ class GuardedStorage(StorageBackend):
         return found._replace(errors=found.errors + self._errors)
 
     def _ask(self, call: Callable[[], _T], miss: _T) -> _T:
-        if not self.breaker.allows():
-            self._errors += 1
-            return miss
         try:
+            if not self.breaker.allows():
+                self._errors += 1
+                return miss
             answer = call()
-        except StorageBusyError:
+        except BusyError:
             self._errors += 1
             return miss
         except StorageFullError as error:

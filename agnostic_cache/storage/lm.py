@@ -10,7 +10,6 @@ stays there as an empty entry, which `contains` takes for one.
 """
 
 import ssl
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -23,6 +22,8 @@ from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.blob.safetensors import parse_header
 from agnostic_cache.errors import BlobError, MissingExtraError, StorageError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, check_key
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.lm_connection import Address, LMConnection, LMPool
@@ -69,7 +70,8 @@ class LMStorage(StorageBackend):
         """
         self._pool = LMPool(address, max_connections)
         self._blocks = BlockPool()
-        self._lock = threading.RLock()  # guards the counts; a finaliser may count in the middle of it
+        self.after_fork()
+        watch(self)
         self._counts = Counter[str]()  # of `StorageStats`
         health = _request(ClientCommand.HEALTH, "")
         try:
@@ -77,6 +79,10 @@ class LMStorage(StorageBackend):
         except BaseException:
             self._pool.close()
             raise
+
+    def after_fork(self) -> None:
+        """Hold no lock; the connections are made anew, too."""
+        self._lock = Lock()  # guards the counts
 
     @classmethod
     def from_url(cls, url: str) -> Self:

@@ -1,13 +1,14 @@
 """LMConnection: one connection to a server that speaks lm://, and a pool of them."""
 
-import os
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, TypeVar
 
 from agnostic_cache.errors import StorageError, WireError
+from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.wire import ServerMetaMessage
 
 _PIECE = 1024 * 1024  # bytes sent at a time, so that the time-out is one of a piece and not of a whole body
@@ -121,11 +122,18 @@ class LMPool:
             max_connections: Connections at a time; who wants one more waits.
         """
         self.address = address
-        self._places = threading.BoundedSemaphore(max_connections)
-        self._lock = threading.RLock()  # guards everything below
-        self._idle: list[LMConnection] = []  # the last used last
-        self._process = os.getpid()
+        self._max_connections = max_connections
         self._closed = False
+        self.after_fork()
+        watch(self)
+
+    def after_fork(self) -> None:
+        """Have no connection: those are the parent's."""
+        self._places: SimpleQueue[None] = SimpleQueue()  # one item for each connection that may still be used
+        for _ in range(self._max_connections):
+            self._places.put(None)
+        self._lock = Lock()  # guards everything below, and `_closed`
+        self._idle: list[LMConnection] = []  # the last used last
 
     def use(self, work: Callable[[LMConnection], _T]) -> _T:
         """Do `work` on a connection of its own; a second time, where the first had been lost meanwhile.
@@ -133,9 +141,12 @@ class LMPool:
         Raises:
             StorageError: It failed, or no connection came free.
         """
-        if not self._places.acquire(timeout=self.address.timeout_seconds):
+        places = self._places
+        try:
+            places.get(timeout=self.address.timeout_seconds)
+        except Empty:
             msg = f"all connections to {self.address} are in use; raise connections in the URL"
-            raise StorageError(msg)
+            raise StorageError(msg) from None
         try:
             return self._use(work)
         except OSError as error:
@@ -144,7 +155,7 @@ class LMPool:
             msg = f"the server at {self.address} failed: {error}"
             raise StorageError(msg) from error
         finally:
-            self._places.release()
+            places.put(None)
 
     def _use(self, work: Callable[[LMConnection], _T]) -> _T:
         while True:
@@ -168,8 +179,6 @@ class LMPool:
             if self._closed:
                 msg = f"this storage of {self.address} is closed; open another"
                 raise StorageError(msg)
-            if self._process != os.getpid():
-                self._idle, self._process = [], os.getpid()  # those are the parent's
             return self._idle.pop() if self._idle else None
 
     def _give(self, connection: LMConnection) -> None:

@@ -9,8 +9,10 @@ from typing import Final, NamedTuple, Self
 
 from agnostic_cache.blob.pieces import Blob, copy_into, pieces_of
 from agnostic_cache.errors import StorageError
+from agnostic_cache.eviction.choose import CountingRoom, choose
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
-from agnostic_cache.eviction.registry import make_evictor
+from agnostic_cache.eviction.policy import Policy
+from agnostic_cache.eviction.registry import make_policy
 from agnostic_cache.process.forks import watch
 from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
@@ -47,21 +49,6 @@ class _Arrival(NamedTuple):
     replaces: bool  # an entry, whose memory it may be taking
     thread: int
     done: threading.Event
-
-
-class _Room:
-    """What the budget lacks; see `agnostic_cache.eviction.Room`."""
-
-    def __init__(self, entries: "OrderedDict[str, _Entry]", over: int) -> None:
-        self._entries = entries
-        self._over = over
-
-    def short(self) -> bool:
-        return self._over > 0
-
-    def let_go(self, key: str) -> bool:
-        self._over -= len(self._entries[key].block)
-        return True
 
 
 def _whole_pages(nbytes: int) -> int:
@@ -118,19 +105,19 @@ class MemoryStorage(StorageBackend):
     meanwhile waits for that.
     """
 
-    def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor = "adaptive") -> None:
+    def __init__(self, max_bytes: int | str = "4GiB", *, evictor: str | BaseEvictor | Policy = "adaptive") -> None:
         """Make an empty storage.
 
         Args:
             max_bytes: Budget, such as ``"4GiB"``. Each blob takes whole pages of memory, and counts so.
-            evictor: Name of a policy, or an evictor that serves nobody else.
+            evictor: Name of a policy, or a policy or an evictor that serves nobody else.
 
         Raises:
             InvalidSizeError: `max_bytes` is no size.
             UnknownPolicyError: There is no such policy.
         """
         self.max_bytes = parse_size(max_bytes)
-        self._evictor = make_evictor(evictor, self.max_bytes)
+        self._policy = make_policy(evictor, self.max_bytes)
         self._pool = BlockPool()
         self._closed = False
         self.after_fork()
@@ -138,7 +125,7 @@ class MemoryStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Be empty: the memory is the parent's."""
-        self._evictor.reset()
+        self._policy.reset()
         self._lock = Lock()  # guards everything below; held for dict operations and counting only
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._arriving: dict[str, _Arrival] = {}  # by key
@@ -162,7 +149,7 @@ class MemoryStorage(StorageBackend):
         size = _whole_pages(nbytes)
         done = threading.Event()
         try:
-            with self._lock.taken():
+            with self._lock:
                 self._check_open()
                 if key in self._arriving:
                     return PutStatus.LEGAL
@@ -176,19 +163,18 @@ class MemoryStorage(StorageBackend):
             del leaving
             with memoryview(block) as whole:
                 copy_into(whole, pieces)
-            with self._lock.taken():
+            with self._lock:
                 self._arriving.pop(key, None)
                 if not self._closed:
                     self._unlist(key)  # what came by a reservation meanwhile
-                    self._entries[key] = _Entry(block, nbytes)
-                    self._listed += size
-                    self._counts["puts"] += 1
+                    self._list(key, block, nbytes)
         except BaseException:
-            with self._lock.taken():
+            with self._lock:
                 arrival = self._arriving.get(key)
                 if arrival is not None and arrival.done is done:
                     del self._arriving[key]
-                    self._evictor.rollback(self._entries, key=key)
+                    if key not in self._entries:  # what came by a reservation meanwhile
+                        self._policy.gone(key)
             raise
         finally:
             done.set()
@@ -201,12 +187,32 @@ class MemoryStorage(StorageBackend):
         old, over = self._entries.get(key), self._taken() + size - self.max_bytes
         if over > 0 and old is not None and not old.is_pinned:
             over -= len(old.block)
-        room = _Room(self._entries, over)
-        victims, status = self._evictor.update_on_put(self._entries, size, key=key, room=room)
-        if status is PutStatus.ILLEGAL:
+        leaving = self._evict(over, key, size)
+        replaced = None if leaving is None else self._unlist(key)
+        return leaving if replaced is None else [*(leaving or ()), replaced]
+
+    def _evict(self, over: int, newcomer: str | None = None, size: int = 0) -> list[mmap.mmap] | None:
+        """Unlist victims of `over` bytes, and return those of their blocks that nobody reads; None where that fails.
+
+        Where it fails, nothing changed. The lock is held.
+        """
+        room = CountingRoom(over, lambda key: len(self._entries[key].block))
+        expired = self._policy.expired()
+        victims = choose(self._policy, self._entries, room, newcomer=newcomer, nbytes=size, expired=expired)
+        if victims is None:
             return None
         self._counts["evictions"] += len(victims)
-        return [block for name in (*victims, key) if (block := self._unlist(name)) is not None]
+        blocks = [self._unlist(key) for key in victims]
+        for key in victims:
+            self._policy.gone(key, evicted=True)
+        return [block for block in blocks if block is not None]
+
+    def _list(self, key: str, block: mmap.mmap, nbytes: int) -> None:
+        """List an entry that there is room for. The lock is held."""
+        self._entries[key] = _Entry(block, nbytes)
+        self._listed += len(block)
+        self._policy.added(key, len(block))
+        self._counts["puts"] += 1
 
     def _unlist(self, key: str) -> mmap.mmap | None:
         """Take an entry out of the listing; return its block where nobody reads it. The lock is held."""
@@ -230,25 +236,20 @@ class MemoryStorage(StorageBackend):
     def reserve(self, nbytes: int) -> MemoryReservation | None:
         """See `SupportsReserve.reserve`."""
         size = _whole_pages(nbytes)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             self._reserved += size
             over = self._taken() - self.max_bytes
             fits = size <= self.max_bytes and over <= self._listed
-            leaving: list[mmap.mmap] = []
-            if fits and over > 0:
-                victims = self._evictor.evict(self._entries, room=_Room(self._entries, over))
-                leaving = [block for name in victims if (block := self._unlist(name)) is not None]
-                self._counts["evictions"] += len(victims)
-                fits = self._taken() <= self.max_bytes  # it does not where too much is being read
-            if not fits:
+            leaving = self._evict(over) if fits and over > 0 else []
+            if leaving is None or not fits:
                 self._reserved -= size
                 self._counts["refused"] += 1
                 return None
         try:
             block = self._replace(leaving, size)
         except BaseException:
-            with self._lock.taken():
+            with self._lock:
                 self._reserved -= size
             raise
         return MemoryReservation(self, block, nbytes)
@@ -256,23 +257,21 @@ class MemoryStorage(StorageBackend):
     def _publish(self, key: str, block: mmap.mmap, nbytes: int) -> PutStatus:
         """List a block that was reserved."""
         size = len(block)
-        with self._lock.taken():
+        with self._lock:
             self._reserved -= size
             self._check_open()
             leaving = self._make_room(key, size)
             if leaving is None:
                 self._counts["refused"] += 1
             else:
-                self._entries[key] = _Entry(block, nbytes)
-                self._listed += size
-                self._counts["puts"] += 1
+                self._list(key, block, nbytes)
             spare = min(self.max_bytes - self._taken(), _IDLE_AFTER_RECEIVING)
         self._pool.give(leaving or (), max(spare, self._listed // _IDLE_SHARE))
         return PutStatus.ILLEGAL if leaving is None else PutStatus.LEGAL
 
     def _take_back(self, block: mmap.mmap) -> None:
         """Let go of a block that was reserved."""
-        with self._lock.taken():
+        with self._lock:
             self._reserved -= len(block)
         self._pool.give((block,), self._listed // _IDLE_SHARE)
 
@@ -300,7 +299,7 @@ class MemoryStorage(StorageBackend):
         """See `StorageBackend.get`. Copies nothing."""
         check_key(key)
         while True:
-            with self._lock.taken():
+            with self._lock:
                 self._check_open()
                 arrival = None if key in self._entries else self._replacing(key)
                 if arrival is None:
@@ -310,11 +309,11 @@ class MemoryStorage(StorageBackend):
     def _found(self, key: str) -> memoryview | None:
         """Return what is listed under a key. The lock is held."""
         entry = self._entries.get(key)
-        if entry is None or self._evictor.has_expired(key):
+        if entry is None or self._policy.has_expired(key):
             self._counts["misses"] += 1
             return None
         self._counts["hits"] += 1
-        self._evictor.update_on_get(key, self._entries)
+        self._policy.used(key)
         return memoryview(entry.block)[: entry.nbytes].toreadonly()
 
     def _replacing(self, key: str) -> _Arrival | None:
@@ -335,43 +334,43 @@ class MemoryStorage(StorageBackend):
     def contains(self, key: str) -> bool:
         """See `StorageBackend.contains`."""
         check_key(key)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             found = key in self._entries or self._replacing(key) is not None
-            return found and not self._evictor.has_expired(key)
+            return found and not self._policy.has_expired(key)
 
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`."""
         check_key(key)
-        with self._lock.taken():
+        with self._lock:
             self._check_open()
             found = key in self._entries
             if found:
-                self._evictor.update_on_remove(key, self._entries)
+                self._policy.gone(key)
             block = self._unlist(key)
         del block  # unmapped here, without the lock
         self._pool.trim(self._listed // _IDLE_SHARE)
         return found
 
     def list_keys(self) -> list[str]:
-        """See `StorageBackend.list_keys`. Oldest first, as the policy orders them."""
-        with self._lock.taken():
+        """See `StorageBackend.list_keys`. In the order of the policy, the next victim first."""
+        with self._lock:
             self._check_open()
-            return list(self._entries)
+            return [key for key in self._policy.order() if key in self._entries]
 
     def close(self) -> None:
         """Let go of every entry. Idempotent."""
-        with self._lock.taken():
+        with self._lock:
             self._closed = True
             gone, self._entries = self._entries, OrderedDict()
             self._listed, self._deferred = 0, []
-            self._evictor.reset()
+            self._policy.reset()
         gone.clear()  # unmapped here, without the lock
         self._pool.trim(0)
 
     def stats(self) -> StorageStats:
         """Return what the storage holds and did."""
-        with self._lock.taken():
+        with self._lock:
             return StorageStats(
                 entries=len(self._entries),
                 current_bytes=self._listed,

@@ -11,7 +11,6 @@ valkey-glide-sync was measured to write up to twice as fast, and to read half as
 
 import re
 import secrets
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from agnostic_cache.blob.safetensors import Parts
 from agnostic_cache.errors import BlobError, StorageError, StorageFullError, StorageURLError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.storage.backend import EntryFacts, StorageBackend, StorageStats, check_key, hand_over
 from agnostic_cache.storage.blocks import BlockPool
 from agnostic_cache.storage.redis_client import FAILURES, make_client, without_password
@@ -100,7 +100,7 @@ class RedisStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Hold no lock; the library makes connections of the child's own."""
-        self._lock = threading.RLock()  # guards the counts; a finaliser may count in the middle of it
+        self._lock = Lock()  # guards the counts
 
     @classmethod
     def from_url(cls, url: str) -> Self:

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from agnostic_cache.errors import StorageBusyError, StorageError
+from agnostic_cache.errors import BusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, contains_many, get_many
 
 _logger = logging.getLogger("agnostic_cache.storage")
@@ -58,7 +59,8 @@ class Tier:
 
     def after_fork(self) -> None:
         """Let nothing wait: what did is the parent's, and so is the thread."""
-        self._changed = threading.Condition()  # guards everything below; no task runs under it
+        self._lock = Lock()  # guards everything below; no task runs under it
+        self._gates: list[threading.Lock] = []  # of threads that wait for a change: each opens one
         self._tasks: deque[Callable[[], object]] = deque()
         self._unwritten: dict[str, memoryview | None] = {}  # what keys are to have there: bytes, or nothing
         self._waiting: set[str] = set()  # those of them that a task will see to; the others' is running
@@ -89,7 +91,7 @@ class Tier:
 
     def _leave(self, key: str, blob: memoryview | None) -> bool:
         """Have a key get a blob, or none, whatever it was to get before; return False where too much waits already."""
-        with self._changed:
+        with self._lock:
             old = self._unwritten.get(key) if key in self._waiting else None
             nbytes = (blob.nbytes if blob else 0) - (old.nbytes if old else 0)
             if self._stopped or (blob and self._bytes and self._bytes + nbytes > self._limit):
@@ -103,7 +105,7 @@ class Tier:
 
     def _see_to(self, key: str) -> None:
         """Give a key what it is to get; where that is nothing, to all keys that are to get nothing."""
-        with self._changed:
+        with self._lock:
             if key not in self._waiting:  # it went with others
                 return
             blob = self._unwritten[key]
@@ -116,7 +118,7 @@ class Tier:
                 self._skipped += 1
                 self.storage.remove(key)  # what it has under that key is old
         finally:
-            with self._changed:
+            with self._lock:
                 self._bytes -= blob.nbytes if blob else 0
                 for name in keys:
                     if name not in self._waiting:
@@ -149,7 +151,7 @@ class Tier:
                 if wanted():
                     self.storage.put(key, blob)
             finally:
-                with self._changed:
+                with self._lock:
                     self._bytes -= blob.nbytes
                     self._coming[key] -= 1
                     if not self._coming[key]:
@@ -157,7 +159,7 @@ class Tier:
                 if then is not None:
                     then()
 
-        with self._changed:
+        with self._lock:
             fits = not self._stopped and (not self._bytes or self._bytes + blob.nbytes <= self._limit)
             if fits:
                 self._bytes += blob.nbytes
@@ -170,7 +172,7 @@ class Tier:
 
     def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
         """Read blobs, and measure it."""
-        with self._changed:
+        with self._lock:
             found = {key: self._unwritten[key] for key in keys if key in self._unwritten}
         asked = [key for key in keys if key not in found]
         if asked:
@@ -186,7 +188,7 @@ class Tier:
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """Look blobs up."""
-        with self._changed:
+        with self._lock:
             found = {key: self._unwritten[key] is not None for key in keys if key in self._unwritten}
         asked = [key for key in keys if key not in found]
         if asked:
@@ -195,33 +197,33 @@ class Tier:
 
     def list_keys(self) -> list[str]:
         """Return the keys of what is there, and of what waits."""
-        with self._changed:
+        with self._lock:
             unwritten = dict(self._unwritten)
         keys = dict.fromkeys([*self.storage.list_keys(), *unwritten])
         return [key for key in keys if key not in unwritten or unwritten[key] is not None]
 
-    def settle(self, key: str, is_nested: Callable[[], bool]) -> None:
+    def settle(self, key: str, *, nested: bool) -> None:
         """Wait until nothing waits to be done under a key.
 
         Args:
             key: The key.
-            is_nested: Says whether this thread is in the middle of another call, and may hold what is waited for.
+            nested: This thread is in the middle of another call, and may hold what is waited for.
 
         Raises:
-            StorageBusyError: A finaliser asks for it, on a thread that it has interrupted at a bad time.
+            BusyError: A finaliser asks for it, on a thread that it has interrupted at a bad time.
         """
-        self._wait(lambda: key not in self._unwritten and key not in self._coming, is_nested)
+        self._wait(lambda: key not in self._unwritten and key not in self._coming, nested=nested)
 
-    def remove(self, key: str, is_nested: Callable[[], bool]) -> bool:
+    def remove(self, key: str, *, nested: bool) -> bool:
         """Remove a blob, behind what is being written under its key; see `settle`."""
-        self.settle(key, is_nested)
+        self.settle(key, nested=nested)
         return self.storage.remove(key)
 
     # --- the queue ----------------------------------------------------------------------------------------------------
 
     def submit(self, task: Callable[[], object]) -> None:
         """Have something done in the background, in order; nothing once the tier is stopped."""
-        with self._changed:
+        with self._lock:
             if not self._stopped:
                 self._submit(task)
 
@@ -231,12 +233,12 @@ class Tier:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="agnostic-cache tier", daemon=True)
             self._thread.start()
-        self._changed.notify_all()
+        self._tell_changed()
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._stopped)
+            self._wait(lambda: bool(self._tasks) or self._stopped, nested=False)
+            with self._lock:
                 if not self._tasks:
                     return
                 task = self._tasks.popleft()
@@ -249,26 +251,38 @@ class Tier:
                 _logger.exception("a task of a storage's queue failed")
             finally:
                 del task  # it holds memory of the first tier
-                with self._changed:
+                with self._lock:
                     self._running = False
-                    self._changed.notify_all()
+                    self._tell_changed()
 
-    def flush(self, is_nested: Callable[[], bool]) -> None:
+    def flush(self, *, nested: bool) -> None:
         """Wait until nothing waits; see `settle`."""
-        self._wait(lambda: self.is_idle, is_nested)
+        self._wait(lambda: self.is_idle, nested=nested)
 
-    def _wait(self, until: Callable[[], bool], is_nested: Callable[[], bool]) -> None:
-        with self._changed:
-            if not until() and (threading.current_thread() is self._thread or is_nested()):
-                msg = "a finaliser called a storage that it had interrupted; have it leave the call to another thread"
-                raise StorageBusyError(msg)
-            self._changed.wait_for(until)
+    def _wait(self, until: Callable[[], bool], *, nested: bool) -> None:
+        while True:
+            gate = threading.Lock()  # not a Condition, which an interrupt may leave held
+            gate.acquire()
+            with self._lock:
+                if until():
+                    return
+                if nested or (self._running and threading.current_thread() is self._thread):
+                    msg = "a finaliser called a storage that it had interrupted; have another thread call"
+                    raise BusyError(msg)
+                self._gates.append(gate)
+            gate.acquire()
+
+    def _tell_changed(self) -> None:
+        """Have everybody who waits look again. The lock is held."""
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            gate.release()
 
     def stop(self) -> None:
         """End the thread, once it has done what it was told."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            self._tell_changed()
         if self._thread is not None:
             self._thread.join()
 

@@ -9,24 +9,25 @@ what the caller would take longer to compute.
 """
 
 import functools
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from agnostic_cache.blob.pieces import Blob, pieces_of
-from agnostic_cache.errors import StorageBusyError, StorageError
+from agnostic_cache.errors import StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.process.forks import watch
+from agnostic_cache.process.lock import Lock
 from agnostic_cache.sizes import parse_size
 from agnostic_cache.storage.backend import StorageBackend, StorageStats, check_key
 from agnostic_cache.storage.tier import Tier, TierStats
 
-if TYPE_CHECKING:
-    from types import FrameType
 
-_OURS = frozenset({__name__, Tier.__module__})
+class _Calls(threading.local):
+    """How many calls of one storage this thread is in: more than one where a finaliser calls in the middle of one."""
+
+    depth = 0
 
 
 class TieredStorage(StorageBackend):
@@ -73,7 +74,8 @@ class TieredStorage(StorageBackend):
 
     def after_fork(self) -> None:
         """Bring nothing up: what did is the parent's."""
-        self._lock = threading.RLock()  # guards what follows; held for dict operations only
+        self._calls = _Calls()
+        self._lock = Lock()  # guards what follows; held for dict operations only
         self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
 
     # --- in -----------------------------------------------------------------------------------------------------------
@@ -85,24 +87,24 @@ class TieredStorage(StorageBackend):
         counts it as skipped.
         """
         check_key(key)
-        self._check_open()
-        first, *others = self._tiers
-        self._overtake(key)
-        status = first.storage.put(key, blob)
-        if not others:
-            return status
-        held = first.storage.get(key) if status is PutStatus.LEGAL else None
-        if held is None:  # refused by the first, or gone from it already
-            held = memoryview(b"".join(pieces_of(blob)[1]))
-        left_out = [first] if status is PutStatus.ILLEGAL else []
-        for number, tier in enumerate(others, start=1):
-            if not tier.put(key, held, wait=number in self._through):
-                left_out.append(tier)
-        if len(left_out) == len(self._tiers):
-            return PutStatus.ILLEGAL
-        for tier in left_out:  # what it has under that key is old
-            tier.forget(key)
-        return PutStatus.LEGAL
+        with self._call() as nested:
+            first, *others = self._tiers
+            self._overtake(key, nested=nested)
+            status = first.storage.put(key, blob)
+            if not others:
+                return status
+            held = first.storage.get(key) if status is PutStatus.LEGAL else None
+            if held is None:  # refused by the first, or gone from it already
+                held = memoryview(b"".join(pieces_of(blob)[1]))
+            left_out = [first] if status is PutStatus.ILLEGAL else []
+            for number, tier in enumerate(others, start=1):
+                if not tier.put(key, held, wait=number in self._through):
+                    left_out.append(tier)
+            if len(left_out) == len(self._tiers):
+                return PutStatus.ILLEGAL
+            for tier in left_out:  # what it has under that key is old
+                tier.forget(key)
+            return PutStatus.LEGAL
 
     def put_many(self, blobs: Mapping[str, Blob]) -> list[PutStatus]:
         """See `SupportsBatch.put_many`."""
@@ -143,12 +145,12 @@ class TieredStorage(StorageBackend):
             if self._coming.get(key) is bringer:
                 del self._coming[key]
 
-    def _overtake(self, key: str) -> None:
+    def _overtake(self, key: str, *, nested: bool) -> None:
         """Keep older bytes that are being brought up from coming in behind newer ones."""
         with self._lock:
             self._coming.pop(key, None)
         for number in self._through:
-            self._tiers[number].settle(key, self._is_nested)
+            self._tiers[number].settle(key, nested=nested)
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
@@ -159,13 +161,13 @@ class TieredStorage(StorageBackend):
 
     def get_many(self, keys: Sequence[str]) -> list[memoryview | None]:
         """See `SupportsBatch.get_many`. Each tier is asked once, for all that those above lack."""
-        self._check_open()
         found: dict[str, memoryview] = {}
-        for number in range(len(self._tiers)):
-            missing = [key for key in dict.fromkeys(keys) if key not in found]
-            if not missing:
-                break
-            found |= self._fetch(number, missing)
+        with self._call():
+            for number in range(len(self._tiers)):
+                missing = [key for key in dict.fromkeys(keys) if key not in found]
+                if not missing:
+                    break
+                found |= self._fetch(number, missing)
         return [found.get(key) for key in keys]
 
     def load(self, keys: Sequence[str], *, seconds_per_key: float | None = None) -> list[memoryview]:
@@ -179,20 +181,20 @@ class TieredStorage(StorageBackend):
         Returns:
             A blob for each of the first keys, up to the first that is missing or not worth it.
         """
-        self._check_open()
         where: dict[str, int] = {}
-        for number, tier in enumerate(self._tiers):
-            missing = [key for key in keys if key not in where]
-            if not missing:
-                break
-            there = [key for key, is_there in zip(missing, tier.contains_many(missing), strict=True) if is_there]
-            if there and not self._is_worth(number, there, seconds_per_key):
-                continue
-            where |= dict.fromkeys(there, number)
-        reach = next((i for i, key in enumerate(keys) if key not in where), len(keys))
         found: dict[str, memoryview] = {}
-        for number in range(len(self._tiers)):
-            found |= self._fetch(number, [key for key in keys[:reach] if where[key] == number])
+        with self._call():
+            for number, tier in enumerate(self._tiers):
+                missing = [key for key in keys if key not in where]
+                if not missing:
+                    break
+                there = [key for key, is_there in zip(missing, tier.contains_many(missing), strict=True) if is_there]
+                if there and not self._is_worth(number, there, seconds_per_key):
+                    continue
+                where |= dict.fromkeys(there, number)
+            reach = next((i for i, key in enumerate(keys) if key not in where), len(keys))
+            for number in range(len(self._tiers)):
+                found |= self._fetch(number, [key for key in keys[:reach] if where[key] == number])
         reach = next((i for i, key in enumerate(keys[:reach]) if key not in found), reach)
         return [found[key] for key in keys[:reach]]
 
@@ -216,49 +218,47 @@ class TieredStorage(StorageBackend):
 
     def contains_many(self, keys: Sequence[str]) -> list[bool]:
         """See `SupportsBatch.contains_many`. Each tier is asked once, for all that those above lack."""
-        self._check_open()
         found: set[str] = set()
-        for tier in self._tiers:
-            missing = [key for key in dict.fromkeys(keys) if key not in found]
-            there = tier.contains_many(missing)
-            found |= {key for key, is_there in zip(missing, there, strict=True) if is_there}
+        with self._call():
+            for tier in self._tiers:
+                missing = [key for key in dict.fromkeys(keys) if key not in found]
+                there = tier.contains_many(missing)
+                found |= {key for key, is_there in zip(missing, there, strict=True) if is_there}
         return [key in found for key in keys]
 
     def remove(self, key: str) -> bool:
         """See `StorageBackend.remove`. Removes it from every tier; waits for what is being written under it."""
         check_key(key)
-        self._check_open()
-        self._overtake(key)
-        return sum(tier.remove(key, self._is_nested) for tier in self._tiers) > 0
+        with self._call() as nested:
+            self._overtake(key, nested=nested)
+            return sum(tier.remove(key, nested=nested) for tier in self._tiers) > 0
 
     def list_keys(self) -> list[str]:
         """See `StorageBackend.list_keys`. The keys of all tiers, each once."""
-        self._check_open()
-        return list(dict.fromkeys(key for tier in self._tiers for key in tier.list_keys()))
+        with self._call():
+            return list(dict.fromkeys(key for tier in self._tiers for key in tier.list_keys()))
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Wait until everything that was put is in every tier, but for what `tier_stats` counts as skipped."""
-        for tier in reversed(self._tiers):  # what comes up from a tier waits for those above
-            tier.flush(self._is_nested)
+        with self._call() as nested:
+            for tier in reversed(self._tiers):  # what comes up from a tier waits for those above
+                tier.flush(nested=nested)
 
     def close(self) -> None:
         """Flush, and close every tier. Idempotent.
 
         Raises:
-            StorageBusyError: A finaliser closes a storage that it has interrupted; it stays open.
+            BusyError: A finaliser closes a storage that it has interrupted; it stays open.
         """
-        if not self._closed:
-            self._closed = True
-            try:
-                self.flush()
-            except StorageBusyError:
-                self._closed = False
-                raise
-            for tier in self._tiers:
-                tier.stop()
-                tier.storage.close()
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        for tier in self._tiers:
+            tier.stop()
+            tier.storage.close()
 
     def stats(self) -> StorageStats:
         """Return the first tier's counts, with the hits of all tiers."""
@@ -268,21 +268,24 @@ class TieredStorage(StorageBackend):
 
     def tier_stats(self) -> list[TierStats]:
         """Return what each tier holds and did, the first one first."""
-        return [tier.stats() for tier in self._tiers]
+        self._calls.depth += 1
+        try:
+            return [tier.stats() for tier in self._tiers]
+        finally:
+            self._calls.depth -= 1
 
-    def _is_nested(self) -> bool:
-        """Whether a finaliser asks for something in the middle of another call of this storage on its thread.
+    @contextmanager
+    def _call(self) -> Iterator[bool]:
+        """Say whether this is a finaliser's call, in the middle of another one of its thread.
 
         Who writes in the background may be waiting for a lock that the interrupted call holds.
         """
-        frame: FrameType | None = sys._getframe(1)  # only where somebody is to wait
-        while frame is not None and frame.f_globals["__name__"] in _OURS:  # the call that asks
-            frame = frame.f_back
-        while frame is not None:
-            if frame.f_globals["__name__"] == __name__ and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
+        self._check_open()
+        self._calls.depth += 1
+        try:
+            yield self._calls.depth > 1
+        finally:
+            self._calls.depth -= 1
 
     def _check_open(self) -> None:
         if self._closed:

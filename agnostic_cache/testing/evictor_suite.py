@@ -1,13 +1,14 @@
-"""EvictorSuite: the whole contract of an evictor with a budget.
+"""EvictorSuite: the whole contract of a policy, or of an evictor with a budget.
 
 A test class of one's own inherits it and says how to make one:
 
-    class TestMyEvictor(EvictorSuite):
+    class TestMyPolicy(EvictorSuite):
         def make(self, max_bytes):
-            return make_evictor(MyEvictor(), max_bytes)
+            return make_evictor(MyPolicy(), max_bytes)
 """
 
 from abc import ABC, abstractmethod
+from itertools import islice
 from random import Random
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ import pytest
 
 from agnostic_cache.errors import InvalidKeyError, InvalidSizeError, UnknownValueError
 from agnostic_cache.eviction.evictor import PutStatus
+from agnostic_cache.eviction.lmcache import BudgetEvictor
+from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.testing.shelf import Item, Shelf, SomeRoom
 
 LEGAL, ILLEGAL = PutStatus.LEGAL, PutStatus.ILLEGAL
@@ -25,7 +28,8 @@ class EvictorSuite(ABC):
     """Every evictor counts right, keeps the budget, passes over what is pinned, and changes nothing when it refuses.
 
     Attributes:
-        needs_keys: It must know the key of a put; one that does not serves callers of LMCache's evictors too.
+        needs_keys: It must know the key of a put, and refuses one without; one that does not need it serves callers of
+            LMCache's evictors too. Tests of what it does not do are skipped.
     """
 
     needs_keys: ClassVar[bool] = False
@@ -40,6 +44,12 @@ class EvictorSuite(ABC):
         for key in keys:
             assert shelf.put(key, 100) is LEGAL
         return shelf
+
+    def policy_of(self, shelf: Shelf) -> Policy:
+        """Return the policy behind the evictor; skip the test of one that decides by itself."""
+        if not isinstance(shelf.evictor, BudgetEvictor):
+            pytest.skip("decides by itself: no BudgetEvictor over a Policy")
+        return shelf.evictor.policy
 
     def some_life(self, shelf: Shelf, seed: int, steps: int = 300, keys: int = 30) -> None:
         """Do anything to it, in any order."""
@@ -64,12 +74,9 @@ class EvictorSuite(ABC):
 
     @pytest.mark.parametrize("seed", range(4))
     def test_who_names_no_keys_is_served_too(self, seed: int) -> None:
-        shelf = self.shelf(named=False)
         if self.needs_keys:
-            with pytest.raises(InvalidKeyError):
-                shelf.put("a", 100)
-            return
-        source = Random(seed)
+            pytest.skip("puts must name their keys: needs_keys = True")
+        shelf, source = self.shelf(named=False), Random(seed)
         for _ in range(60):
             self.some_life(shelf, source.randrange(10**6), steps=20)
             shelf.items.pop(source.randrange(30), None)  # nor does it tell of everything that it removes
@@ -78,6 +85,15 @@ class EvictorSuite(ABC):
             assert shelf.nbytes <= 1000
             shelf.remove("last")
             assert shelf.counted() == shelf.nbytes
+
+    def test_who_names_no_keys_is_refused_where_they_are_needed(self) -> None:
+        if not self.needs_keys:
+            pytest.skip("puts need not name their keys: needs_keys = False")
+        shelf = self.shelf(1000, "a")
+        shelf.named = False
+        with pytest.raises(InvalidKeyError):
+            shelf.put("b", 100)
+        assert shelf.counted() == 100
 
     def test_overwriting_counts_once(self) -> None:
         shelf = self.shelf(1000)
@@ -207,6 +223,50 @@ class EvictorSuite(ABC):
             with pytest.raises(UnknownValueError):
                 size(strange)
 
+    # --- the order, without side effects -----------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_looking_at_the_order_changes_nothing(self, seed: int) -> None:
+        looked, other = self.shelf(), self.shelf()
+        policy, source = self.policy_of(looked), Random(seed)
+        for _ in range(30):
+            life = source.randrange(10**6)
+            for shelf in (looked, other):
+                self.some_life(shelf, life, steps=20)
+            order = list(policy.order())
+            assert list(islice(policy.order(), 3)) == order[:3]
+            assert sorted(order) == sorted(looked.items)
+        assert looked.left == other.left
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_victims_leave_in_the_order(self, seed: int) -> None:
+        """All at once, and one after the other."""
+        shelf, other = self.shelf(), self.shelf()
+        for either in (shelf, other):
+            self.some_life(either, seed)
+        policy = self.policy_of(other)
+        order, before = list(policy.order()), len(shelf.left)
+        assert shelf.put("all", 1000) is LEGAL
+        left = shelf.left[before:]
+        assert left == order[: len(left)]
+        assert set(order[len(left) :]) < set(shelf.items)  # of no bytes: nothing was short any more
+        for key in order:
+            assert next(policy.order()) == key
+            policy.gone(key, evicted=True)
+        assert list(policy.order()) == []
+
+    def test_a_key_that_is_not_there_is_gone_already(self) -> None:
+        policy = self.policy_of(self.shelf())
+        policy.added("a", 100)
+        policy.gone("b")
+        policy.gone("b", evicted=True)
+        assert list(policy.order()) == ["a"]
+        with pytest.raises(KeyError):
+            policy.used("b")
+        policy.gone("a", evicted=True)
+        policy.gone("a", evicted=True)
+        assert list(policy.order()) == []
+
     # --- room --------------------------------------------------------------------------------------------------------
 
     def test_the_container_may_count_itself(self) -> None:
@@ -232,9 +292,9 @@ class EvictorSuite(ABC):
         class Chain(SomeRoom):
             """Each may go after the next one only: a chain, its end first."""
 
-            def let_go(self, key: str) -> bool:
+            def release(self, key: str) -> bool:
                 self.keys = {chr(ord("j") - len(self.gone))}
-                return super().let_go(key)
+                return super().release(key)
 
         shelf = self.shelf(1000, "abcdefghij")
         assert shelf.put("k", 100, room=Chain(shelf, 300, ())) is LEGAL

@@ -201,6 +201,12 @@ class RowsSuite(Subject):
         renamed = wrap({"blocks": self.kv(4)["layers"]}, layout=KVLayout({"*": TOKENS(1)}))
         other_axis = wrap(self.kv(2), layout=KVLayout({"*": TOKENS(2)}))
         unlike = wrap({"layers": tuple(self.kv(4)["layers"])}, layout=KV)
+        layouts = [KVLayout({"a": role}) for role in (TOKENS(1, 4), WINDOW(1, 4))]
+        strided, window = (
+            wrap({"a": self.make((1, 4, 2), Dtype.INT8, 0)}, layout=layout, length=4) for layout in layouts
+        )
+        with pytest.raises(StructureMismatchError):
+            KVState.join([strided, window])
         batch = {"layers": [{n: self.make((1, 4, 2, 3), Dtype.FLOAT32, 0) for n in ("key", "value")}] * 2}
         for other in (half, one_layer, renamed, other_axis, unlike, wrap(batch, layout=KV)):
             for parts in ([state, other], [other, state], [state, state, other]):

@@ -94,8 +94,8 @@ class SomeRoom:
         """See `Room.short`."""
         return self.over > 0
 
-    def let_go(self, key: Any) -> bool:
-        """See `Room.let_go`."""
+    def release(self, key: Any) -> bool:
+        """See `Room.release`."""
         assert key in self.shelf.items
         assert key not in self.gone
         if key not in self.keys:

@@ -157,7 +157,7 @@ class TemplateSuite(Subject):
     def test_a_window_of_one_row_is_no_row_per_token(self) -> None:
         native = {"a": self.make((5, 2), Dtype.FLOAT32, 0)}
         state = wrap(native, layout=KVLayout({"a": TOKENS(0)})).copy()
-        roles: tuple[Role, Role] = (TOKENS(0, 1), WINDOW(0, 1))  # equal as tuples
+        roles: tuple[Role, Role] = (TOKENS(0, 1), WINDOW(0, 1))
         for role in (*roles, *reversed(roles)):
             layout, buffer = KVLayout({"a": role}), self.make((3, 2), Dtype.FLOAT32, 1)
             if isinstance(role, WINDOW):

@@ -1,4 +1,4 @@
-"""What policies cost per access, how long a replay takes, and what it finds.
+"""What policies cost per access and per eviction, how long a replay takes, and what it finds.
 
 The whole conversation trace is taken by path, from AGNOSTIC_CACHE_TRACE; without it, the sample of the tests is.
 """
@@ -6,20 +6,22 @@ The whole conversation trace is taken by path, from AGNOSTIC_CACHE_TRACE; withou
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from agnostic_cache.eviction import make_evictor
+from agnostic_cache.eviction import choose, make_evictor, make_policy
+from agnostic_cache.eviction.choose import CountingRoom
 from agnostic_cache.replay import ceiling, read_trace, replay, replay_belady
 from agnostic_cache.testing.shelf import Item
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from agnostic_cache.eviction import Policy
     from tests.benchmarks.conftest import Race, Report
 
 TESTS = Path(__file__).parents[1]
@@ -34,16 +36,7 @@ TABLE = {
     "lru": [0.0440, 0.0525, 0.1958, 0.2789, 0.3453],
     "belady": [0.1829, 0.2464, 0.3664, 0.3664, 0.3664],
 }
-COST = {
-    "lru": 1e-6,
-    "fifo": 1e-6,
-    "s3fifo": 1e-6,
-    "adaptive": 4e-6,
-    "lfu": 4e-6,
-    "gdsf": 4e-6,
-    "ttl": 4e-6,
-    "quota": 4e-6,
-}
+COST = {"lru": 0.6e-6, "fifo": 0.6e-6} | dict.fromkeys(["s3fifo", "adaptive", "lfu", "gdsf", "ttl", "quota"], 2e-6)
 
 
 def block_hit_ratio(policy: str, capacity: int) -> float:
@@ -53,27 +46,41 @@ def block_hit_ratio(policy: str, capacity: int) -> float:
     return replay(TRACE, policy, evictor, capacity=capacity, block_bytes=BLOCK_BYTES).block_hit_ratio
 
 
-@pytest.mark.parametrize("policy", COST)
-def test_cost_per_access(policy: str, race: Race, report: Report) -> None:
-    """Accesses of which some half hit: the policy over a dict that nobody is told of."""
-    source, room = Random(1), 1000
-    keys = [min(int(source.paretovariate(0.15)), 10**6) for _ in range(20_000)]
-    item, nbytes = Item(1), 1
-    evictor = make_evictor(policy, 2 * room if policy == "quota" else room)
-    entries: OrderedDict[int, Item] = OrderedDict()
-    known: dict[int, Item] = {}
+class Container:
+    """Entries of one byte, in the order of a policy."""
 
-    def with_policy() -> int:
-        hits, get, put = 0, evictor.update_on_get, evictor.update_on_put
+    def __init__(self, name: str, capacity: int) -> None:
+        self.policy: Policy = make_policy(name, 2 * capacity if name == "quota" else capacity)
+        self.capacity = capacity
+        self.entries: dict[int, Item] = {}
+        self.item = Item(1)
+
+    def access(self, keys: Iterable[int]) -> int:
+        """Use what is there, take in what is not, and return how many were."""
+        hits, entries, policy = 0, self.entries, self.policy
         for key in keys:
             if key in entries:
-                get(key, entries)
+                policy.used(key)
                 hits += 1
-            else:
-                for victim in put(entries, nbytes, key=key)[0]:
-                    del entries[victim]
-                entries[key] = item
+                continue
+            room = CountingRoom(len(entries) + 1 - self.capacity, self.nbytes)
+            for victim in choose(policy, entries, room, newcomer=key, nbytes=1, expired=policy.expired()) or ():
+                del entries[victim]
+                policy.gone(victim, evicted=True)
+            entries[key] = self.item
+            policy.added(key, 1)
         return hits
+
+    def nbytes(self, key: int) -> int:
+        return self.entries[key].nbytes
+
+
+@pytest.mark.parametrize("policy", COST)
+def test_cost_per_access(policy: str, race: Race, report: Report) -> None:
+    """Accesses of which some half hit: the policy and its victims, over a dict that nobody is told of."""
+    source, container = Random(1), Container(policy, 1000)
+    keys = [min(int(source.paretovariate(0.15)), 10**6) for _ in range(20_000)]
+    known: dict[int, Item] = {}
 
     def look_up() -> int:
         hits = 0
@@ -81,16 +88,30 @@ def test_cost_per_access(policy: str, race: Race, report: Report) -> None:
             if key in known:
                 hits += 1
             else:
-                known[key] = item
+                known[key] = container.item
         return hits
 
-    contenders: dict[str, Callable[[], object]] = {"policy": with_policy, "dict": look_up}
+    contenders: dict[str, Callable[[], object]] = {"policy": lambda: container.access(keys), "dict": look_up}
     seconds = race(contenders, rounds=15, of=min)
     report(
         f"{policy}, per access on top of a dict", (seconds["policy"] - seconds["dict"]) / len(keys), None, COST[policy]
     )
-    assert len(entries) == room
-    assert 0.3 < with_policy() / len(keys) < 0.8
+    assert len(container.entries) == 1000
+    assert 0.3 < container.access(keys) / len(keys) < 0.8
+
+
+@pytest.mark.parametrize("policy", COST)
+def test_eviction_does_not_grow_with_the_entries(policy: str, race: Race, report: Report) -> None:
+    """Newcomers into a full container: one of 10^6 entries over one of 10^4."""
+    fresh, contenders = count(10**7), dict[str, Any]()
+    for entries in (10**4, 10**6):
+        container = Container(policy, entries)
+        container.access(range(entries))
+        container.access(range(0, entries, 3))
+        contenders[f"{entries:,}"] = lambda container=container: container.access(islice(fresh, 1000))
+    seconds = race(contenders, rounds=15, of=min)
+    report(f"{policy}, an eviction of 10^6 / of 10^4", seconds["1,000,000"] / 1000, seconds["10,000"] / 1000, 2.0)
+    assert len(container.entries) == 10**6
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo", "s3fifo", "adaptive", "lfu", "gdsf", "ttl", "quota", "belady"])

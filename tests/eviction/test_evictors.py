@@ -1,6 +1,7 @@
 """Every policy of the house keeps the contract; what is special about each."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -16,12 +17,14 @@ from agnostic_cache.eviction import (
     GDSFEvictor,
     LFUEvictor,
     LRUEvictor,
+    Policy,
     PutStatus,
     QuotaEvictor,
     S3FIFOEvictor,
     TTLEvictor,
     make_evictor,
 )
+from agnostic_cache.eviction.adaptive import Adaptive
 from agnostic_cache.testing import EvictorSuite
 from agnostic_cache.testing.shelf import Shelf
 
@@ -79,6 +82,30 @@ class TestEagerlyAdaptive(EvictorSuite):
         return make_evictor(Eager(), max_bytes)
 
 
+class LargestFirst(Policy):
+    """That of the page on choosing a policy."""
+
+    def reset(self) -> None:
+        self.sizes: dict[Any, int] = {}
+
+    def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:  # noqa: ARG002
+        self.sizes[key] = nbytes
+
+    def used(self, key: Any) -> None:
+        self.sizes[key]
+
+    def gone(self, key: Any, *, evicted: bool = False) -> None:  # noqa: ARG002
+        self.sizes.pop(key, None)
+
+    def order(self) -> Iterator[Any]:
+        return iter(sorted(self.sizes, key=self.sizes.__getitem__, reverse=True))
+
+
+class TestAPolicyOfOnesOwn(EvictorSuite):
+    def make(self, max_bytes: int) -> Any:
+        return make_evictor(LargestFirst(), max_bytes)
+
+
 class TestTTL(EvictorSuite):
     needs_keys = True
 
@@ -123,6 +150,12 @@ def test_an_instance_takes_the_budget_of_its_container() -> None:
     mine = LRUEvictor(1.0)
     assert make_evictor(mine, 100) is mine
     assert mine.MAX_CACHE_SIZE == 100
+
+
+def test_a_subclass_sets_what_its_policy_goes_by() -> None:
+    policy = Eager().policy
+    assert isinstance(policy, Adaptive)
+    assert (policy.largest, policy.window, policy.rate) == (1.0, 1.0, Adaptive.rate)
 
 
 @pytest.mark.parametrize("size", [0, -1, -0.5, 1e-12, float("nan"), float("inf")])

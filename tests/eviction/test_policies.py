@@ -6,15 +6,12 @@ from typing import Any, Protocol
 
 import pytest
 
-from agnostic_cache.eviction import (
-    AdaptiveEvictor,
-    LRUEvictor,
-    QuotaEvictor,
-    S3FIFOEvictor,
-    TTLEvictor,
-    make_evictor,
-    recompute_cost,
-)
+from agnostic_cache.eviction import LRUEvictor, TTLEvictor, choose, make_evictor, make_policy, recompute_cost
+from agnostic_cache.eviction.adaptive import Adaptive
+from agnostic_cache.eviction.choose import CountingRoom
+from agnostic_cache.eviction.limits import Limits, first_part
+from agnostic_cache.eviction.lru import LRU
+from agnostic_cache.eviction.s3fifo import S3FIFO
 from agnostic_cache.testing.shelf import Shelf
 
 ROOM = 60
@@ -145,7 +142,7 @@ class PlainAdaptive:
         self.ghosts[half] = [*self.ghosts[half], (victim, self.left[half])][-2 * ROOM :]
 
 
-class Learning(AdaptiveEvictor):
+class Learning(Adaptive):
     """Also from entries that take a 60th of the room."""
 
     largest = 1.0
@@ -174,23 +171,48 @@ def accesses(seed: int, count: int = 6000) -> Iterator[int]:
         ("gdsf", lambda: PlainGDSF(costs=True)),
         ("s3fifo", PlainS3FIFO),
         (Learning, PlainAdaptive),
-        (lambda: QuotaEvictor(LRUEvictor(), quota=ROOM), PlainLRU),
-        (lambda: TTLEvictor(S3FIFOEvictor()), PlainS3FIFO),
+        (lambda: Limits(LRU(), namespace=first_part, quota=ROOM), PlainLRU),
+        (lambda: Limits(S3FIFO(), ttl_seconds=3600), PlainS3FIFO),
     ],
     ids=["lru", "fifo", "lfu", "gdsf", "s3fifo", "adaptive", "quota of lru", "ttl of s3fifo"],
 )
 def test_hit_for_hit(policy: Any, plain: Any, seed: int) -> None:
-    shelf = Shelf(make_evictor(policy if isinstance(policy, str) else policy(), ROOM))
+    ours, entries = make_policy(policy if isinstance(policy, str) else policy(), ROOM), dict[int, None]()
     peer: Plain = plain()
     hits = 0
     for step, key in enumerate(accesses(seed)):
-        cost = 1.0 + key % 7
-        hit = shelf.get(key)
-        if not hit:
-            shelf.put(key, 1, cost=cost)
+        cost, hit = 1.0 + key % 7, key in entries
+        if hit:
+            ours.used(key)
+        else:
+            room = CountingRoom(len(entries) + 1 - ROOM, lambda _: 1)
+            victims = choose(ours, entries, room, newcomer=key, nbytes=1, cost=cost, expired=ours.expired())
+            assert victims is not None
+            for victim in victims:
+                del entries[victim]
+                ours.gone(victim, evicted=True)
+            entries[key] = None
+            ours.added(key, 1, cost)
         assert hit == peer.access(key, cost), step
         hits += hit
     assert 1000 < hits < 4000
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["lru", "fifo", "lfu", "gdsf", "s3fifo", "adaptive"])
+def test_an_evictor_hits_what_its_policy_hits(name: str, seed: int) -> None:
+    shelf, ours, entries = Shelf(make_evictor(name, ROOM)), make_policy(name, ROOM), dict[int, None]()
+    for key in accesses(seed, 2000):
+        assert shelf.get(key) == (key in entries)
+        if key in entries:
+            ours.used(key)
+            continue
+        shelf.put(key, 1)
+        for victim in choose(ours, entries, CountingRoom(len(entries) + 1 - ROOM, lambda _: 1), newcomer=key) or ():
+            del entries[victim]
+            ours.gone(victim, evicted=True)
+        entries[key] = None
+        ours.added(key, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

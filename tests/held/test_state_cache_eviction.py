@@ -92,14 +92,14 @@ def test_borrowed_and_pinned_entries_are_passed_over(memory: HostMemory) -> None
 
 
 def test_pins_are_counted(memory: HostMemory) -> None:
-    cache = memory.cache("a", 64)
+    cache = memory.cache("a", 128)
     cache.unpin("a")  # of nothing: no debt
     cache.pin("a")
     cache.pin("a")
     cache.unpin("a")
-    assert cache.put("b", memory.state(64)) is ILLEGAL
+    assert cache.put("b", memory.state(128)) is ILLEGAL
     cache.unpin("a")
-    assert cache.put("b", memory.state(64)) is LEGAL
+    assert cache.put("b", memory.state(128)) is LEGAL
 
 
 @pytest.mark.parametrize("why", ["larger than the budget", "borrowed", "pinned"])

@@ -1,7 +1,7 @@
 """StateCache against a plain model, in any order of calls: counts are exact, the budget holds, the right ones leave."""
 
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agnostic_cache import KVState, StateCache, wrap
-from agnostic_cache.errors import BorrowedError
+from agnostic_cache.errors import BorrowedError, PinLimitError
 from agnostic_cache.eviction import PutStatus
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class Entry:
         self.fill = fill
         self.raw = raw
         self.forks = forks
-        self.pins = 0
         self.leases: list[tuple[Borrow, Any]] = []
 
 
@@ -56,6 +55,7 @@ class Model(RuleBasedStateMachine):
         self.numbers = count(1)
         self.entries: OrderedDict[str, Entry] = OrderedDict()  # oldest first
         self.deferred: list[Entry] = []
+        self.pins = Counter[str]()
         self.shared: list[tuple[int, Any]] = []  # arrays that the test holds, and moves into several entries
         self.forks: list[tuple[Entry, Any]] = []  # what `get` gave of containers that share, and the test still has
         self.orphans: dict[int, int] = {}  # blocks of entries that left while there were forks of them
@@ -83,16 +83,21 @@ class Model(RuleBasedStateMachine):
         """Who leaves the listing for `entry`, the old entry under its key first; None where it is refused."""
         old = self.entries.get(key)
         leaving = [] if old is None else [old]
-        for other in [*self.entries.values()]:
+        for name, other in [*self.entries.items()]:
             if size([*self.staying(leaving), entry]) <= LIMIT:
                 break
-            if other is not old and not other.leases and not other.pins:
+            if other is not old and not other.leases and not self.pins[name]:
                 leaving.append(other)
         return leaving if size([*self.staying(leaving), entry]) <= LIMIT else None
 
     def staying(self, leaving: list[Entry]) -> list[Entry]:
         listed = [entry for entry in self.entries.values() if entry not in leaving]
         return [*listed, *self.deferred, *(entry for entry in leaving if entry.leases)]
+
+    def too_much_is_pinned(self, key: str, entry: Entry) -> bool:
+        """Whether pins would keep more than half of the budget, were `entry` under a key that is pinned."""
+        pinned = [other for name, other in self.entries.items() if self.pins[name] and name != key]
+        return size([*pinned, entry]) > LIMIT // 2
 
     def shares(self, entry: Entry) -> bool:
         others = [other for other in [*self.entries.values(), *self.deferred] if other is not entry]
@@ -167,6 +172,11 @@ class Model(RuleBasedStateMachine):
     def put_state(self, key: str, entry: Entry, state: State | Growing, *, move: bool) -> None:
         value: Any = wrap(state, adapter=self.memory) if entry.raw else state
         leaving = self.room(key, entry)
+        if self.pins[key] and self.too_much_is_pinned(key, entry):
+            with pytest.raises(PinLimitError):
+                self.cache.put(key, value, move=move)
+            assert self.read(value) == entry.fill  # still the caller's
+            return
         if leaving is None:
             assert self.cache.put(key, value, move=move) is PutStatus.ILLEGAL
             assert self.read(value) == entry.fill  # still the caller's
@@ -178,7 +188,8 @@ class Model(RuleBasedStateMachine):
 
     @rule(key=KEYS, sizes=SIZES)
     def put_interrupted(self, key: str, sizes: list[int]) -> None:
-        leaving = self.room(key, Entry({0: sum(sizes)}, [], raw=False))
+        entry = Entry({0: sum(sizes)}, [], raw=False)
+        leaving = None if self.pins[key] and self.too_much_is_pinned(key, entry) else self.room(key, entry)
         state = self.memory.state(*sizes)
         if leaving is not None and not (
             self.on_evict and any(map(self.shares, leaving))
@@ -298,18 +309,21 @@ class Model(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.call(self.cache.clear, self.leave([*self.entries.values()]))
+        self.pins.clear()
 
     @rule(key=KEYS)
     def pin(self, key: str) -> None:
+        if not self.pins[key] and key in self.entries and self.too_much_is_pinned(key, self.entries[key]):
+            with pytest.raises(PinLimitError):
+                self.cache.pin(key)
+            return
         assert self.cache.pin(key) == (key in self.entries)
-        if key in self.entries:
-            self.entries[key].pins += 1
+        self.pins[key] += 1
 
     @rule(key=KEYS)
     def unpin(self, key: str) -> None:
         assert self.cache.unpin(key) == (key in self.entries)
-        if key in self.entries:
-            self.entries[key].pins = max(0, self.entries[key].pins - 1)
+        self.pins[key] = max(0, self.pins[key] - 1)
 
     @rule(raising=st.booleans())
     def raise_from_now_on(self, *, raising: bool) -> None:

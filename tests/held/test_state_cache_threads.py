@@ -14,12 +14,12 @@ from random import Random
 from typing import Any
 
 import pytest
-from host_memory import HostMemory, Interrupted, Waiting, check, fills, keys
+from host_memory import HostMemory, Waiting, check, fills, keys
 
 from agnostic_cache import KVState, StateCache
 from agnostic_cache.errors import BorrowedError, CacheCopyError
 from agnostic_cache.eviction import PutStatus
-from agnostic_cache.held import state_cache
+from agnostic_cache.process import lock
 
 LEGAL, ILLEGAL = PutStatus.LEGAL, PutStatus.ILLEGAL
 HANG_SECONDS = 10  # how long a test waits for a thread that should not be blocked
@@ -291,7 +291,7 @@ def test_who_is_interrupted_while_another_has_the_lock_leaves_it_free(
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait()
-    monkeypatch.setattr(state_cache, "sleep", interrupt)
+    monkeypatch.setattr(lock, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calls[call]()
     holder.join()
@@ -300,7 +300,13 @@ def test_who_is_interrupted_while_another_has_the_lock_leaves_it_free(
     assert cache.contains("c")
 
 
-def test_a_finaliser_may_call_in_the_middle_of_a_call() -> None:
+def interrupt(cache: StateCache, finaliser: Callable[[], object]) -> None:
+    """Have a finaliser called in the middle of a change, as the garbage collector may."""
+    with cache._lock:  # noqa: SLF001
+        finaliser()
+
+
+def test_a_finaliser_may_call_in_the_middle_of_a_call(memory: HostMemory) -> None:
     def finaliser() -> None:
         seen.append((cache.remove("a"), cache.remove("x"), cache.contains("b"), cache.pin("b"), cache.unpin("b")))
         with cache.borrow("b") as lent:
@@ -308,24 +314,20 @@ def test_a_finaliser_may_call_in_the_middle_of_a_call() -> None:
         lease.__exit__(None, None, None)  # of a generator that is closed, say
         seen.append(cache.stats().entries)
 
-    memory = Interrupted()
     cache = memory.cache("abc")
     lease = cache.borrow("c", raw=True)
     lease.__enter__()
     seen: list[object] = []
-    memory.finaliser = finaliser
-    in_time(cache.stats)
+    in_time(lambda: interrupt(cache, finaliser))
     assert seen == [(True, False, True, True, True), (None, None, None, ILLEGAL), 3]
     assert keys(cache) == "bc"
     assert cache.stats().borrowed_bytes == 0
     check(cache, memory)
 
 
-def test_a_finaliser_may_clear_in_the_middle_of_a_call() -> None:
-    memory = Interrupted()
+def test_a_finaliser_may_clear_in_the_middle_of_a_call(memory: HostMemory) -> None:
     cache = memory.cache("abc")
-    memory.finaliser = cache.clear
-    in_time(cache.stats)
+    in_time(lambda: interrupt(cache, cache.clear))
     assert cache.current_size() == 0
     check(cache, memory)
 

@@ -15,7 +15,6 @@ from agnostic_cache import PrefixCache, open_storage, wrap
 from agnostic_cache.blob.pieces import Blob
 from agnostic_cache.blob.state_blob import encode
 from agnostic_cache.errors import StorageError, StorageURLError
-from agnostic_cache.prefix.block_store import SNAPSHOT_KEY
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.guard import GuardedStorage
 from agnostic_cache.storage.memory import MemoryStorage
@@ -292,8 +291,7 @@ def test_a_strict_storage_that_fails_in_the_middle_of_a_match_leaves_nothing_bor
 
     cache = make(Broken("1MiB"), "snapshot")
     cache.insert(DOCUMENT[:BLOCK], state_of(DOCUMENT[:BLOCK], "snapshot"))
-    (block,) = cache._blocks._index  # noqa: SLF001
-    cache._blocks.states.remove(block.key + SNAPSHOT_KEY)  # noqa: SLF001 - what an eviction does
+    assert cache.remove(DOCUMENT[:BLOCK]) == BLOCK  # from memory, as an eviction does
     with pytest.raises(StorageError, match="broken") as error:
         cache.match(DOCUMENT)
     cache.clear()

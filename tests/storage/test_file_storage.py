@@ -1,6 +1,7 @@
 """Blobs as files: whole or absent, whatever happens to the process, the disk or the directory."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from agnostic_cache import open_storage
 from agnostic_cache.blob.safetensors import Part, Parts
 from agnostic_cache.errors import StorageError, StorageFullError
 from agnostic_cache.eviction import FIFOEvictor, PutStatus
-from agnostic_cache.storage.directory import name_of
+from agnostic_cache.storage.directory import Directory, name_of
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.testing import StorageSuite
 from agnostic_cache.testing.storage_suite import read
@@ -105,6 +106,56 @@ def test_a_lower_budget_at_the_next_start(tmp_path: Path) -> None:
         assert storage.put("g", bytes(100_000)) is PutStatus.LEGAL
         assert storage.list_keys() == ["f", "g"]
         assert total(tmp_path) <= 250_000
+
+
+def test_overwriting_does_not_use_up_the_budget(tmp_path: Path) -> None:
+    """The count of all processes is exact, without looking at the directory again."""
+    with FileStorage(tmp_path, 1_000_000, evictor="lru") as storage:
+        storage.put("kept", bytes(300_000))
+        for i in range(12):
+            assert storage.put("a", bytes([i]) * (200_000 + 1000 * i)) is PutStatus.LEGAL
+            assert int((tmp_path / ".total").read_text()) == total(tmp_path)
+        assert storage.contains("kept")
+        storage.remove("a")
+        assert int((tmp_path / ".total").read_text()) == total(tmp_path)
+
+
+def test_a_put_that_cannot_be_renamed_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(tmp_path, 1_000_000, evictor="lru") as storage:
+        for key in "abc":
+            storage.put(key, bytes(300_000))
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.EIO, "the disk is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "bring_in", fail)
+            for key in ("a", "new"):
+                with pytest.raises(StorageError):
+                    storage.put(key, bytes(90_000))
+        assert storage.list_keys() == ["b", "c", "a"]
+        assert storage.stats().current_bytes == total(tmp_path)
+        for key in "de":
+            assert storage.put(key, bytes(300_000)) is PutStatus.LEGAL
+        assert storage.list_keys() == ["a", "d", "e"]  # everything can leave as before
+
+
+def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may sweep between the two calls that make a file and lock it."""
+    lock, swept = fcntl.flock, list[Path]()
+
+    def sweep_first(file: int, operation: int) -> None:
+        for path in tmp_path.glob("*.new"):
+            if not swept:
+                path.unlink()
+                swept.append(path)
+        lock(file, operation)
+
+    with FileStorage(tmp_path) as storage:
+        monkeypatch.setattr("fcntl.flock", sweep_first)
+        assert storage.put("a", b"1") is PutStatus.LEGAL
+        assert len(swept) == 1
+        assert read(storage, "a") == b"1"
 
 
 def test_two_that_have_one_directory_open(tmp_path: Path) -> None:

@@ -320,6 +320,29 @@ def test_older_bytes_never_come_in_behind_newer_ones() -> None:
             assert read(top, str(i)) in {None, bytes([59]) * 50_000}
 
 
+def test_a_put_waits_for_older_bytes_that_are_just_being_brought_up() -> None:
+    began, overtaken = threading.Event(), threading.Event()
+
+    class Top(MemoryStorage):
+        def put(self, key: str, blob: Blob) -> PutStatus:
+            if blob == b"old":
+                began.set()
+                overtaken.wait(0.2)  # long enough for a put that would not wait
+            status = super().put(key, blob)
+            if blob == b"new":
+                overtaken.set()
+            return status
+
+    bottom = MemoryStorage("1MiB")
+    bottom.put("a", b"old")
+    with TieredStorage([Top("1MiB"), bottom]) as storage:
+        storage.prefetch(["a"])
+        assert began.wait(20)
+        storage.put("a", b"new")
+        storage.flush()
+        assert read(storage, "a") == b"new"
+
+
 def test_a_forked_child_starts_anew_whatever_its_parent_held(tmp_path: Path) -> None:
     program = """
 import os, sys, threading

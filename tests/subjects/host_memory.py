@@ -139,18 +139,6 @@ class Waiting(HostMemory):
         return super().copy_all(arrays)
 
 
-class Interrupted(HostMemory):
-    """Calls `finaliser` once, in the middle of statistics, as the garbage collector may."""
-
-    finaliser: Callable[[], object] | None = None
-
-    def held_elsewhere(self, arrays: list[HostArray]) -> list[HostArray]:  # noqa: ARG002
-        finaliser, self.finaliser = self.finaliser, None
-        if finaliser is not None:
-            finaliser()
-        return []
-
-
 def found(value: Any | None) -> Any:
     """The value, which is not None."""
     assert value is not None
