@@ -27,7 +27,7 @@ class Entry:
         pins: `pin` calls that no `unpin` has taken back.
         listed: It can be found.
         shares: It left, and other entries hold some of its arrays.
-        queued: Computations may still read it when a borrow of it has ended; see `Adapter.is_queued`.
+        queued: Computations may still read it when a borrow of it has ended; see `SupportsStreams`.
     """
 
     __slots__ = ("as_state", "borrows", "key", "listed", "pins", "queued", "shares", "state", "storages")
@@ -42,7 +42,7 @@ class Entry:
         self.pins = 0
         self.listed = False
         self.shares = False
-        self.queued = any(map(state.adapter.is_queued, {storage.device for storage in storages}))
+        self.queued = state.is_queued({storage.device for storage in storages})
 
     @property
     def is_pinned(self) -> bool:

@@ -219,7 +219,7 @@ class BlockStore:
 
     def _insert_blocks(self, blocks: list[Block], state: KVState, leases: list[Borrows]) -> int:
         """Copy in the blocks that are not here; `leases` begins with those that are, and takes the new ones."""
-        rows, made, there, room = _without_snapshots(state), 0, len(leases[0]), True
+        rows, made, there, room = state.without(SNAPSHOT), 0, len(leases[0]), True
         for i, block in enumerate(blocks):
             known = self._index.get(block.key)
             if i >= there and known is not None:  # an orphan, maybe: its parent had left before it
@@ -325,12 +325,3 @@ class BlockStore:
             return False
         self.remove(block)
         return True
-
-
-def _without_snapshots(state: KVState) -> KVState:
-    """The state's rows alone, borrowed: what is valid at its end only is kept apart from its last block."""
-    rows = state.lend()
-    snapshots = {name for name, leaf in state.leaves.items() if leaf.role is SNAPSHOT}
-    rows._leaves = {name: leaf for name, leaf in state.leaves.items() if name not in snapshots}
-    rows.missing = state.missing | snapshots
-    return rows

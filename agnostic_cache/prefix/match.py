@@ -7,7 +7,6 @@ from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import ReleasedError
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.template import fill_template
 
 if TYPE_CHECKING:
     from agnostic_cache.held.lease import Borrows
@@ -122,7 +121,7 @@ class Match:
             framework = to or (adapter_for(like).framework if like is not None else self._native(parts[0]))
             parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
-                return fill_template(parts, like, layout if layout is not None else self._layout)
+                return KVState.fill(parts, like, layout if layout is not None else self._layout)
             joined = KVState.join(parts)
             return joined.unwrap() if to is None else joined
         finally:
@@ -135,7 +134,7 @@ class Match:
         lent, loaded, snapshot = ([] if lease is None else lease.states() for lease in self._leases)
         parts = [*lent[: self._here], *loaded, *lent[self._here :]][: self._count]
         if parts[-1].length > self._rows:
-            parts[-1]._length = self._rows  # ours alone; rows beyond the length do not count
+            parts[-1] = parts[-1].trimmed(self._rows)
         return [*parts, *snapshot]
 
     def _native(self, first: KVState) -> str:
