@@ -11,15 +11,16 @@ from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.arrays.leaf import Leaf
 from agnostic_cache.arrays.roles import KEEP, LENGTH, TOKENS, WINDOW
 from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, StructureMismatchError
-from agnostic_cache.state.cutting import counted
+from agnostic_cache.state.cutting import counted, cut_rows
 from agnostic_cache.state.rows import Rows, check_alike
 
 
-def split_rows(rows: Rows) -> list[Rows]:
-    """Return independent rows for each sequence of the batch.
+def split_rows(rows: Rows, lengths: Sequence[int] | None) -> list[Rows]:
+    """Return independent rows for each sequence of the batch, from its first true token on.
 
     Raises:
         StructureMismatchError: See `KVState.split_batch`.
+        LengthMismatchError: See `KVState.split_batch`.
     """
     leaves, adapter = _parts_of_the_state(rows), rows.adapter
     axes = {name: axis for name, leaf in leaves.items() if (axis := _batch_axis(name, leaf)) is not None}
@@ -38,29 +39,35 @@ def split_rows(rows: Rows) -> list[Rows]:
             for name, leaf in leaves.items()
         }
         split.append(rows._replace(leaves=own))
-    return split
-
-
-def check_row_lengths(rows: Rows, count: int, lengths: Sequence[int]) -> None:
-    """Raise where `lengths` are not those of the `count` sequences of a padded batch; see `KVState.split_batch`."""
-    if len(lengths) != count or not all(0 <= length <= rows.length for length in lengths):
-        msg = (
-            f"lengths={list(lengths)} for {count} rows of up to {rows.length} tokens; pass the true tokens of each row"
-        )
+    if lengths is None:
+        return split
+    whole = rows.length
+    if len(lengths) != len(split) or not all(0 <= length <= whole for length in lengths):
+        msg = f"lengths={list(lengths)} for {len(split)} rows of up to {whole} tokens; pass the true tokens of each row"
         raise LengthMismatchError(msg)
-    _check_unstrided(rows.leaves, padded=min(lengths, default=rows.length) < rows.length)
+    _check_unstrided(leaves, padded=min(lengths, default=whole) < whole)
+    pairs = zip(split, lengths, strict=True)
+    return [row if length == whole else cut_rows(row, whole - length, whole) for row, length in pairs]
 
 
-def stack_rows(parts: Sequence[Rows], length: int) -> Rows:
+def stack_rows(parts: Sequence[Rows], length: int | None) -> Rows:
     """Return independent rows that hold the batches of all parts, each padded in front up to `length` tokens.
 
     Raises:
+        LengthMismatchError: See `KVState.stack`.
         MissingLeavesError: See `KVState.stack`.
         StructureMismatchError: See `KVState.stack`.
     """
     check_alike(parts, batches=True)
-    first, adapter = parts[0], parts[0].adapter
-    _check_unstrided(first.leaves, padded=min(part.length for part in parts) < length)
+    first, adapter, lengths = parts[0], parts[0].adapter, sorted({part.length for part in parts})
+    if length is None and len(lengths) > 1:
+        msg = f"stack of states of {lengths} tokens; cut them to {lengths[0]}, or pass length={lengths[-1]} to pad"
+        raise LengthMismatchError(msg)
+    length = lengths[-1] if length is None else length
+    if lengths[-1] > length:
+        msg = f"stack of states of {lengths} tokens into length={length}; pass at least {lengths[-1]}"
+        raise LengthMismatchError(msg)
+    _check_unstrided(first.leaves, padded=lengths[0] < length)
     stacked = _parts_of_the_state(first)
     joins: list[tuple[Sequence[Array], int]] = []
     for name, leaf in stacked.items():

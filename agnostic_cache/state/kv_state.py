@@ -19,14 +19,14 @@ from agnostic_cache.arrays.adapter import Adapter, Array, Storage
 from agnostic_cache.arrays.dlpack import SupportsDLPack
 from agnostic_cache.arrays.leaf import Leaf
 from agnostic_cache.arrays.registry import adapter_for, adapter_named
-from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, WINDOW, Role
-from agnostic_cache.errors import CutRangeError, LengthMismatchError, MissingLeavesError, ReleasedError
-from agnostic_cache.state.batch import check_row_lengths, split_rows, stack_rows
+from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, Role
+from agnostic_cache.errors import CutRangeError, ReleasedError
+from agnostic_cache.state.batch import split_rows, stack_rows
 from agnostic_cache.state.cutting import cut_rows, join_rows
 from agnostic_cache.state.fill import Source, fill_template
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.length import read_length
-from agnostic_cache.state.rows import Rows
+from agnostic_cache.state.rows import Rows, check_complete
 from agnostic_cache.state.tree import build
 
 
@@ -225,15 +225,7 @@ class KVState:
                 padding.
             LengthMismatchError: `lengths` are not one per row within ``[0, length]``.
         """
-        rows = self.rows
-        states = [KVState(row, Ownership.OWNED) for row in split_rows(rows)]
-        if lengths is None:
-            return states
-        check_row_lengths(rows, len(states), lengths)
-        return [
-            state if count == rows.length else state.cut(rows.length - count, rows.length)
-            for state, count in zip(states, lengths, strict=True)
-        ]
+        return [KVState(rows, Ownership.OWNED) for rows in split_rows(self.rows, lengths)]
 
     @classmethod
     def stack(cls, states: Sequence["KVState"], *, length: int | None = None) -> "KVState":
@@ -251,15 +243,7 @@ class KVState:
             MixedFrameworksError: They are of different frameworks.
             MissingLeavesError: The rows of a window are not there.
         """
-        lengths = sorted({state.length for state in states})
-        wanted = length if length is not None or not lengths else lengths[-1]
-        if length is None and len(lengths) > 1:
-            msg = f"stack of states of {lengths} tokens; cut them to {lengths[0]}, or pass length={lengths[-1]} to pad"
-            raise LengthMismatchError(msg)
-        if lengths and wanted is not None and lengths[-1] > wanted:
-            msg = f"stack of states of {lengths} tokens into length={wanted}; pass at least {lengths[-1]}"
-            raise LengthMismatchError(msg)
-        return cls(stack_rows([state.rows for state in states], wanted or 0), Ownership.OWNED)
+        return cls(stack_rows([state.rows for state in states], length), Ownership.OWNED)
 
     # --- crossing ----------------------------------------------------------------------------------------------------
 
@@ -321,7 +305,7 @@ class KVState:
                 room differ, or the structure cannot be rebuilt without a template. Nothing is paired by position.
         """
         rows = self._alive()
-        self._check_complete()
+        check_complete(rows)
         if like is not None:
             return KVState.fill([self], like, layout)
         if self._ownership is Ownership.SHARED and self.adapter.mutable:
@@ -352,24 +336,6 @@ class KVState:
             for part in parts:
                 part.share()
         return native
-
-    def _check_complete(self) -> None:
-        if self.missing:
-            shown = ", ".join(sorted(self.missing)[:4])
-            msg = (
-                f"{len(self.missing)} leaves are only valid at another length and were left behind by a cut: "
-                f"{shown}; join up to a stored boundary"
-            )
-            raise MissingLeavesError(msg)
-        for name, leaf in self._rows.leaves.items():
-            if isinstance(leaf.role, WINDOW):
-                count = self.adapter.describe(leaf.array).shape[leaf.role.axis]
-                if leaf.first > max(0, self.length - leaf.role.width) or leaf.first + count < self.length:
-                    msg = (
-                        f"window {name!r} holds tokens [{leaf.first}, {leaf.first + count}) of {self.length}, and "
-                        f"needs the last {leaf.role.width}"
-                    )
-                    raise MissingLeavesError(msg)
 
     # --- for the cache that keeps it ---------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from agnostic_cache.arrays.adapter import Adapter, Array
 from agnostic_cache.arrays.leaf import Leaf
 from agnostic_cache.arrays.roles import KEEP, TOKENS, WINDOW, Role
-from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError
+from agnostic_cache.errors import MissingLeavesError, MixedFrameworksError, StructureMismatchError
 from agnostic_cache.state.layout import KVLayout
 from agnostic_cache.state.tree import Node
 
@@ -52,6 +52,28 @@ def with_arrays(leaves: Mapping[str, Leaf], arrays: Sequence[Array]) -> dict[str
 def row_axis(role: Role) -> int | None:
     """Return the axis that has rows of tokens, or None for a role without one."""
     return role.axis if isinstance(role, TOKENS | WINDOW) else None
+
+
+def check_complete(rows: Rows) -> None:
+    """Raise where a cut left leaves behind, or the rows of a window are not there.
+
+    Raises:
+        MissingLeavesError: It has, or they are not.
+    """
+    if rows.missing:
+        shown = ", ".join(sorted(rows.missing)[:4])
+        msg = (
+            f"{len(rows.missing)} leaves are only valid at another length and were left behind by a cut: {shown}; "
+            "join up to a stored boundary"
+        )
+        raise MissingLeavesError(msg)
+    for name, leaf in rows.leaves.items():
+        if isinstance(leaf.role, WINDOW):
+            end = leaf.first + rows.adapter.describe(leaf.array).shape[leaf.role.axis]
+            if leaf.first > max(0, rows.length - leaf.role.width) or end < rows.length:
+                held = f"tokens [{leaf.first}, {end}) of {rows.length}"
+                msg = f"window {name!r} holds {held}, and needs the last {leaf.role.width}"
+                raise MissingLeavesError(msg)
 
 
 def check_alike(parts: Sequence[Rows], *, batches: bool = False) -> None:
