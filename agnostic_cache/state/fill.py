@@ -8,7 +8,7 @@ joined first: each part's rows go where they belong.
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from agnostic_cache.arrays.adapter import Array, Fill
 from agnostic_cache.arrays.containers import SupportsTemplates
@@ -189,11 +189,11 @@ class _Filling:
     ) -> None:
         """Bring what all parts have of one leaf, or of a snapshot what the last one has, into its place."""
         adapter, tokens = self.adapter, self.tokens
-        leaves = [source.rows.leaves.get(name) for source in self.sources]
-        whole = leaves[-1] is not None and leaves[-1].role is SNAPSHOT
-        if whole or None in leaves:
-            tokens = tokens[-1:] if whole else [span for span, leaf in zip(tokens, leaves, strict=True) if leaf]
-            leaves = leaves[-1:] if whole else [leaf for leaf in leaves if leaf]
+        leaves = [leaf for source in self.sources if (leaf := source.rows.leaves.get(name)) is not None]
+        if leaves[-1].role is SNAPSHOT:
+            leaves, tokens = leaves[-1:], tokens[-1:]
+        elif len(leaves) < len(tokens):
+            tokens = [span for source, span in zip(self.sources, tokens, strict=True) if name in source.rows.leaves]
         arrays = [leaf.array for leaf in leaves]
         if buffer is None:
             shapes, room = adapter.shapes(arrays), None
@@ -216,7 +216,16 @@ class _Filling:
                 for array, place in zip(arrays, places, strict=True)
                 if place is not None
             ]
-            self.arrays[path] = self._joined(views, axis, shares=self._may_share(leaves, hint))
+            # Its very arrays, where the container never writes in place and nobody else does.
+            lasting = self.lasting or all(leaf.frozen for leaf in leaves)
+            if hint is not None and hint.frozen and lasting:
+                self.shares = True
+                is_one = axis is None or len(views) == 1
+                self.arrays[path] = views[0] if is_one else adapter.hold_together(views, cast("int", axis))
+            elif axis is None:
+                [self.arrays[path]] = adapter.copy_all(views)
+            else:
+                [self.arrays[path]] = adapter.concat_all([(views, axis)])
             return
         for array, place in zip(arrays, places, strict=True):
             if place:
@@ -224,17 +233,6 @@ class _Filling:
                 # What is written too would be written, or deleted, before it is read.
                 source = adapter.copy_all([array])[0] if id(array) in self.given_up else array
                 self.fills.append((path, Fill(buffer, at, source, source_at, order)))
-
-    def _may_share(self, leaves: Sequence[Leaf], hint: Hint | None) -> bool:
-        """Whether a container may hold the very arrays: it never writes in place, and nobody else does."""
-        lasting = self.lasting or all(leaf.frozen for leaf in leaves)
-        return hint is not None and hint.frozen and lasting
-
-    def _joined(self, views: Sequence[Array], axis: int | None, *, shares: bool) -> Array:
-        if shares:
-            self.shares = True
-            return views[0] if axis is None or len(views) == 1 else self.adapter.hold_together(views, axis)
-        return self.adapter.copy_all(views)[0] if axis is None else self.adapter.concat_all([(views, axis)])[0]
 
 
 def _find_places(

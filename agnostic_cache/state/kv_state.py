@@ -367,16 +367,14 @@ class KVState:
             name: leaf._replace(array=self.adapter.with_counter(leaf.array, length)) if leaf.role is LENGTH else leaf
             for name, leaf in trimmed.rows.leaves.items()
         }
-        return trimmed._lent(trimmed.rows._replace(leaves=leaves, length=length))
+        return KVState(trimmed.rows._replace(leaves=leaves, length=length), Ownership.BORROWED)
 
     def without(self, role: Role) -> "KVState":
         """Return a state that borrows all leaves but those of a role, which are `missing` in it. Copies nothing."""
         rows = self.rows
         left = {name: leaf for name, leaf in rows.leaves.items() if leaf.role != role}
-        return self._lent(rows._replace(leaves=left, missing=rows.missing | (rows.leaves.keys() - left.keys())))
-
-    def _lent(self, rows: Rows) -> "KVState":
-        return KVState(rows, Ownership.SHARED if self._ownership is Ownership.SHARED else Ownership.BORROWED)
+        missing = rows.missing | (rows.leaves.keys() - left.keys())
+        return KVState(rows._replace(leaves=left, missing=missing), Ownership.BORROWED)
 
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
@@ -438,16 +436,13 @@ class KVState:
         if keys is None:  # an array of no bytes has no storage: somebody else may hold it, and nothing is freed
             alone = [a for a, shape in zip(arrays, self.adapter.shapes(arrays), strict=True) if 0 not in shape]
         else:
-            alone = [array for array in arrays if self._lies_in(array, keys)]
+            held = [{storage.key for storage in self.adapter.storages(array)} for array in arrays]
+            alone = [array for array, own in zip(arrays, held, strict=True) if own and own <= keys]
         del arrays
         watched = self.adapter.watch(alone) if any(leaf.frozen for leaf in self._rows.leaves.values()) else []
         self.end("released")
         self.adapter.release(alone)
         return [(nbytes, alive) for nbytes, alive in watched if alive()]
-
-    def _lies_in(self, array: Array, keys: frozenset[Hashable]) -> bool:
-        held = {storage.key for storage in self.adapter.storages(array)}
-        return bool(held) and held <= keys
 
 
 def _cross(array: Array, source: Adapter, target: Adapter) -> Array:

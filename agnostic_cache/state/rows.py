@@ -119,7 +119,7 @@ def check_alike(parts: Sequence[Rows], *, batches: bool = False) -> None:
 
 def _kinds(rows: Rows, *, batches: bool) -> dict[str, tuple[object, ...]]:
     """What must agree between parts: everything but values and the extent of the token axis, or of the batch."""
-    kinds = {}
+    kinds: dict[str, tuple[object, ...]] = {}
     for name, leaf in rows.leaves.items():
         if leaf.role is KEEP:
             continue

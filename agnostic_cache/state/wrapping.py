@@ -1,8 +1,7 @@
 """The door into a state: a native cache taken as a `KVState` that borrows its arrays."""
 
 import functools
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
 
 from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.arrays.leaf import Leaf
@@ -67,74 +66,51 @@ def _read(
         raise UnknownValueError(msg)
     if layout is None and len(flat.hints) < len(flat.arrays):
         layout = known_layout(flat.adapter, list(flat.arrays))
-    known = _read_leaves(flat, layout)
-    leaves = known.leaves
-    length = _agreed(known.stated | ({length} if length is not None else set()), type(native).__qualname__)
-    if length is None and known.windows:
+    shapes = flat.adapter.shapes(list(flat.arrays.values()))
+    leaves, names = _read_leaves(flat, shapes, layout)
+    stated = set(flat.lengths) | ({length} if length is not None else set())
+    rows: list[tuple[str, int, int]] = []  # of leaves that may have room for more than the state has
+    windows: list[tuple[str, int]] = []
+    for (name, (_, role, _, frozen, _)), shape in zip(leaves.items(), shapes, strict=True):
+        if isinstance(role, WINDOW):
+            windows.append((name, shape[role.axis]))
+        elif isinstance(role, TOKENS) and frozen and role.stride == 1:  # exactly the rows that count
+            stated.add(shape[role.axis])
+        elif isinstance(role, TOKENS):
+            rows.append((name, shape[role.axis], role.stride))
+    if len(stated) > 1:
+        msg = f"{type(native).__qualname__} states lengths {sorted(stated)}; pass the state whole, and its own length"
+        raise LengthMismatchError(msg)
+    length = next(iter(stated), None)
+    if length is None and windows:
         length = read_length(leaves, flat.adapter, None)
-    for name, count in known.windows:  # these are the last rows, or the first where there is room for more
+    for name, count in windows:  # these are the last rows, or the first where there is room for more
         leaves[name] = leaves[name]._replace(first=max((length or 0) - count, 0))
     if length is not None:
-        check_room(known.rows, length)
+        check_room(rows, length)
     elif all(leaf.role in {SNAPSHOT, KEEP} for leaf in leaves.values()):
         length = 0
     keeps = {name for name, leaf in leaves.items() if leaf.role is KEEP}
-    node = _rename(flat.node, known.names, keeps) if known.names or keeps else flat.node
+    node = flat.node if layout is None and not keeps else _rename(flat.node, names, keeps)
     return Rows(leaves, node, flat.adapter, length or 0, layout=layout), length
 
 
-class _Known(NamedTuple):
-    """What containers and layout say of the leaves of a value.
-
-    Attributes:
-        leaves: By canonical name.
-        names: Canonical name by path, where a layout gave it.
-        rows: Name, rows and stride of each `TOKENS` leaf that may have room for more than the state has.
-        windows: Name and rows of each `WINDOW` leaf.
-        stated: Every length in tokens that something states.
-    """
-
-    leaves: dict[str, Leaf]
-    names: dict[str, str]
-    rows: list[tuple[str, int, int]]
-    windows: list[tuple[str, int]]
-    stated: set[int]
-
-
-def _read_leaves(flat: Flat, layout: KVLayout | None) -> _Known:
-    known = _Known({}, {}, [], [], set(flat.lengths))
-    leaves, names, rows, windows, stated = known
-    shapes = flat.adapter.shapes(list(flat.arrays.values()))
+def _read_leaves(
+    flat: Flat, shapes: Sequence[tuple[int, ...]], layout: KVLayout | None
+) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """The leaves by canonical name, and that name by path."""
+    leaves: dict[str, Leaf] = {}
+    names: dict[str, str] = {}
     for (path, array), shape in zip(flat.arrays.items(), shapes, strict=True):
         name, hint = path, flat.hints.get(path)
         if hint is None:
-            if layout is None:
-                leaves[path] = Leaf(array, *_unknown(len(shape)))
-                continue
-            name, hint = layout.describe(path, len(shape))
-            names[path] = name
-        role, axes, frozen = hint
-        if type(role) is TOKENS:
-            axis, stride = role.axis, role.stride
-            if frozen and stride == 1:  # exactly the rows that count
-                stated.add(shape[axis] * stride)
-            else:
-                rows.append((name, shape[axis], stride))
-        elif type(role) is WINDOW:
-            windows.append((name, shape[role.axis]))
-        leaves[name] = Leaf(array, role, axes, frozen)
-    if len(leaves) < len(flat.arrays):
-        again = next(name for path, name in names.items() if list(names.values()).count(name) > 1 or name in flat.hints)
-        msg = f"the layout maps two leaves to {again!r}; give each a name of its own"
-        raise StructureMismatchError(msg)
-    return known
-
-
-def _agreed(stated: set[int], kind: str) -> int | None:
-    if len(stated) > 1:
-        msg = f"{kind} states several lengths in tokens: {sorted(stated)}; pass the state whole, and its own length"
-        raise LengthMismatchError(msg)
-    return next(iter(stated), None)
+            name, hint = layout.describe(path, len(shape)) if layout is not None else (path, _unknown(len(shape)))
+        if name in leaves:
+            msg = f"the layout maps two leaves to {name!r}; give each a name of its own"
+            raise StructureMismatchError(msg)
+        names[path] = name
+        leaves[name] = Leaf(array, *hint)
+    return leaves, names
 
 
 @functools.cache
@@ -144,6 +120,6 @@ def _unknown(ndim: int) -> Hint:
 
 def _rename(node: Node, names: Mapping[str, str], keeps: Collection[str]) -> Node:
     if node.kind == "leaf":
-        name = names.get(node.data, node.data)
+        name = names.get(node.data, node.data)  # a container may have room for it only
         return node._replace(kind="keep" if name in keeps else "leaf", data=name)
     return node._replace(children=tuple(_rename(child, names, keeps) for child in node.children))

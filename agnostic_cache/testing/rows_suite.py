@@ -218,7 +218,8 @@ class RowsSuite(Subject):
         state = wrap(native, layout=layout)
         rows = self.grids(state)["k"]
         trimmed = state.trimmed(4)
-        assert (trimmed.length, trimmed.missing, trimmed.leaves["k"].array) == (4, {"s"}, native["k"])
+        assert (trimmed.length, set(trimmed.missing)) == (4, {"s"})
+        assert trimmed.leaves["k"].array is native["k"]
         assert self.adapter.counter(trimmed.leaves["cache_index"].array) == 4
         assert self.grids(KVState.join([trimmed, state.cut(4, 6)])) == self.grids(state)
         assert self.grids(trimmed.cut(1, 4))["k"] == rows.take(0, 1, 4)
@@ -232,7 +233,7 @@ class RowsSuite(Subject):
         native = {"k": self.make((6, 2), Dtype.FLOAT32, 0), "s": self.make((2, 2), Dtype.FLOAT32, 1)}
         state = wrap(native, layout=KVLayout({"k": TOKENS(0)}))
         rows = state.without(SNAPSHOT)
-        assert (list(rows.leaves), rows.missing, rows.length) == (["k"], {"s"}, 6)
+        assert (list(rows.leaves), set(rows.missing), rows.length) == (["k"], {"s"}, 6)
         assert rows.leaves["k"].array is native["k"]
         assert list(state.without(TOKENS(0)).leaves) == ["s"]
         with pytest.raises(MissingLeavesError):
