@@ -2,6 +2,7 @@
 
 from hashlib import blake2b
 
+from agnostic_cache.arrays.models import SupportsModels
 from agnostic_cache.arrays.registry import loaded_adapters
 from agnostic_cache.state.tree import flatten
 
@@ -26,13 +27,12 @@ def model_fingerprint(model_or_params: object) -> str:
         UnknownValueError: It holds nothing that an adapter knows.
     """
     for adapter in loaded_adapters():
-        parts = adapter.model_parts(model_or_params)
-        if parts is not None:
+        if isinstance(adapter, SupportsModels) and (parts := adapter.model_parts(model_or_params)) is not None:
+            config, arrays = parts
             break
     else:
         flat = flatten(model_or_params)
-        adapter, parts = flat.adapter, ("", flat.arrays)
-    config, arrays = parts
+        adapter, config, arrays = flat.adapter, "", flat.arrays
     digest = blake2b(config.encode(), digest_size=16)
     for name, array in arrays.items():
         spec = adapter.describe(array)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import flax.core  # noqa: F401 - importing this module is what says that Flax is here
 from flax import nnx
 
-from agnostic_cache.arrays.adapter import Opened
+from agnostic_cache.arrays.containers import Opened
 from agnostic_cache.arrays.registry import offer_adapter
 from agnostic_cache.state.layout import LENGTH, TOKENS, KVLayout
 from agnostic_cache_adapters.jax import JaxAdapter, on_evict, resume, store

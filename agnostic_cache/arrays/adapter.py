@@ -1,22 +1,40 @@
-"""The Adapter contract: what the house asks of a framework, one array at a time.
+"""Adapter: what may be done to the arrays of one framework.
 
-An adapter knows one framework's arrays (six abstract methods) and, where it likes, containers of that framework that
-are not dict, list, tuple or dataclass (`open` and `close`). Everything else has a correct default that goes through
-host memory; an adapter overrides what it can do faster. `agnostic_cache.testing.AdapterSuite` holds the contract.
+Six methods are abstract. The rest have defaults that are right and slow, because they go through host memory: an
+adapter overrides what its framework does faster. What only some frameworks have is a Protocol beside this file, and an
+adapter has it where it has its methods: containers that are no dict, list, tuple or dataclass (`SupportsContainers`),
+models (`SupportsModels`), streams (`SupportsStreams`), an exchange of memory (`SupportsDLPack`).
+`agnostic_cache.testing.AdapterSuite` tests all of it.
 """
 
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
+from agnostic_cache.arrays.containers import Opened, SupportsContainers, SupportsEmptying, SupportsTemplates
+from agnostic_cache.arrays.dlpack import SupportsDLPack
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import ALIGNMENT, HostArray, copy_rows, row_major_bytes
-from agnostic_cache.arrays.roles import Hint
+from agnostic_cache.arrays.models import SupportsModels
+from agnostic_cache.arrays.streams import SupportsStreams
 from agnostic_cache.errors import StructureMismatchError
 
-if TYPE_CHECKING:
-    from agnostic_cache.state.layout import KVLayout
+__all__ = [
+    "Adapter",
+    "Array",
+    "ArraySpec",
+    "Fill",
+    "Opened",
+    "Storage",
+    "SupportsContainers",
+    "SupportsDLPack",
+    "SupportsEmptying",
+    "SupportsModels",
+    "SupportsStreams",
+    "SupportsTemplates",
+]
 
 Array = Any
 """An array of the adapter's framework. The core never looks inside."""
@@ -51,47 +69,26 @@ class Storage(NamedTuple):
     device: str
 
 
-class Opened(NamedTuple):
-    """A container taken apart.
+class Fill(NamedTuple):
+    """One write of `Adapter.fill_all`: ``target[at] = transpose(source[source_at], order)``.
 
     Attributes:
-        kind: Name under which `Adapter.close` puts it together, ``"<framework>.<class>"``.
-        children: Child values by name. A child that is None and has a hint is a leaf that is not filled yet.
-        data: JSON-able rest.
-        hints: What is known of children that are arrays.
-        length: Tokens that the container says it stands for, or None where it does not say.
-        native: What helps `close` in this process and cannot be written down (a type, a tree definition); must not keep
-            the container's arrays alive.
+        target: The buffer, which the caller gave up.
+        at: An int (a layer of a stacked buffer) or a slice per axis of the target.
+        source: What to write. Never written.
+        source_at: An int or a slice per axis of the source.
+        order: Axes of ``source[source_at]`` in the order of ``target[at]``.
     """
 
-    kind: str
-    children: Mapping[str, Any]
-    data: Any = None
-    hints: Mapping[str, Hint] = {}
-    length: int | None = None
-    native: Any = None
-
-
-@runtime_checkable
-class SupportsDLPack(Protocol):
-    """Capability of an adapter: its arrays cross to another framework without passing through host bytes."""
-
-    def export_dlpack(self, array: Array) -> Any:
-        """Return an object with ``__dlpack__`` that any consumer takes without copying.
-
-        It shares memory with `array` where that is dense and aligned to 64 bytes, and is a compact copy otherwise.
-        """
-
-    def import_dlpack(self, exported: Any) -> Array:
-        """Make an array over the memory of `exported`, which somebody else may be reading: it is never written.
-
-        Raises:
-            UnsupportedDtypeError: This framework cannot hold the dtype without changing values.
-        """
+    target: Array
+    at: tuple[int | slice, ...]
+    source: Array
+    source_at: tuple[int | slice, ...]
+    order: tuple[int, ...]
 
 
 class Adapter(ABC):
-    """What the house asks of a framework. Stateless and safe to share between threads.
+    """The arrays of one framework. Safe to share between threads.
 
     Attributes:
         framework: Name of the framework, as in `KVState.framework`.
@@ -103,7 +100,7 @@ class Adapter(ABC):
     mutable: ClassVar[bool] = True
     forkable: ClassVar[bool] = True
 
-    # --- one array ---------------------------------------------------------------------------------------------------
+    # --- abstract ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def is_array(self, value: object) -> bool:
@@ -156,10 +153,10 @@ class Adapter(ABC):
             The bytes that were seen to be freed: memory that somebody else keeps alive is not counted.
         """
 
-    # --- defaults, correct and slow ----------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------------------------
 
-    def check_all(self, arrays: Sequence[Array]) -> Sequence[tuple[int, ...]]:
-        """Return the shape of each array.
+    def shapes(self, arrays: Sequence[Array]) -> Sequence[tuple[int, ...]]:
+        """Return the shape of each of many arrays, all of which can be kept.
 
         Raises:
             UnsupportedArrayError: As `describe`.
@@ -184,6 +181,53 @@ class Adapter(ABC):
         for target, source in zip(blocks, sources, strict=True):
             target.memory[:] = source.memory
         return [self.from_host(target) for target in blocks]
+
+    def compact_nbytes(self, arrays: Sequence[Array]) -> Mapping[str, int]:
+        """Return the bytes per device that `copy_all` of these arrays will keep alive. Validates every array."""
+        total: dict[str, int] = {}
+        for array in arrays:
+            spec = self.describe(array)
+            total[spec.device] = total.get(spec.device, 0) + spec.nbytes
+        return total
+
+    def held_elsewhere(self, arrays: list[Array]) -> list[Array]:  # noqa: ARG002
+        """Return those of `arrays` that somebody besides the cache entry refers to, as far as can be told."""
+        return []
+
+    def watch(self, arrays: Sequence[Array]) -> list[tuple[int, Callable[[], bool]]]:  # noqa: ARG002
+        """Return size and a liveness test per storage of `arrays`; the test keeps nothing alive."""
+        return []
+
+    def place(self, array: Array, device: str) -> Array:
+        """Return `array` on `device`, itself where it already lies there.
+
+        Raises:
+            StructureMismatchError: This framework knows no such device.
+        """
+        if device != self.describe(array).device:
+            msg = f"{self.framework} arrays cannot be placed on device {device!r}"
+            raise StructureMismatchError(msg)
+        return array
+
+    def checksum(self, array: Array) -> int:
+        """Return a checksum of the elements, to find a borrower that wrote (``debug=True``)."""
+        return zlib.crc32(self.to_host(array).memory)
+
+    def is_deleted(self, array: Array) -> bool:  # noqa: ARG002
+        """Say whether somebody deleted or donated `array`."""
+        return False
+
+    def sample(self, array: Array) -> bytes:
+        """Return some of the bytes of `array`, spread over all of it and the same every time."""
+        memory = self.to_host(array).memory
+        step = max(len(memory) // _SAMPLES // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        return b"".join(memory[at : at + ALIGNMENT] for at in range(0, len(memory), step))
+
+    def is_constant(self, value: object) -> bool:  # noqa: ARG002
+        """Say whether `value` is an immutable little thing (a dtype, a device) that containers may carry along."""
+        return False
+
+    # --- rows --------------------------------------------------------------------------------------------------------
 
     def cut_all(self, cuts: Sequence[tuple[Array, int, int, int]]) -> list[Array]:
         """Return an independent, compact copy of rows ``[start, stop)`` for each ``(array, axis, start, stop)``."""
@@ -213,38 +257,34 @@ class Adapter(ABC):
         return results
 
     def hold_together(self, arrays: Sequence[Array], axis: int) -> Any:
-        """Return what `close` takes for one leaf of a frozen container in place of the concatenation of `arrays`.
+        """Return what a frozen container takes in place of the concatenation of `arrays`: here that, which is a copy.
 
-        Here that is the concatenation, a copy. An adapter whose container joins its rows with the next ones anyway may
-        hand over the parts, which nobody writes.
+        An adapter whose container joins its rows with the next ones anyway may hand over the parts, which nobody
+        writes.
         """
         return self.concat_all([(arrays, axis)])[0]
 
-    def compact_nbytes(self, arrays: Sequence[Array]) -> Mapping[str, int]:
-        """Return the bytes per device that `copy_all` of these arrays will keep alive. Validates every array."""
-        total: dict[str, int] = {}
-        for array in arrays:
-            spec = self.describe(array)
-            total[spec.device] = total.get(spec.device, 0) + spec.nbytes
-        return total
+    def fill_all(self, fills: Sequence[Fill]) -> list[Array]:
+        """Write rows into buffers that the caller gave up, and return the buffers to use instead.
 
-    def held_elsewhere(self, arrays: list[Array]) -> list[Array]:  # noqa: ARG002
-        """Return those of `arrays` that somebody besides the cache entry refers to, as far as can be told."""
-        return []
+        Args:
+            fills: What goes where; targets are consumed.
 
-    def watch(self, arrays: Sequence[Array]) -> list[tuple[int, Callable[[], bool]]]:  # noqa: ARG002
-        """Return size and a liveness test per storage of `arrays`; the test keeps nothing alive."""
-        return []
-
-    def is_queued(self, device: str) -> bool:  # noqa: ARG002
-        """Say whether computations on `device` may still read memory that was freed after they were started.
-
-        Then `mark_read` is called at the end of each borrow. Not where the framework itself keeps such memory, as JAX.
+        Returns:
+            For each fill, the array that now holds the result: the target itself, written in place, where arrays are
+            mutable; a new handle otherwise.
         """
-        return False
+        msg = f"{self.framework} has no buffers to fill ({len(fills)} asked for); unwrap without like="
+        raise StructureMismatchError(msg)
 
-    def mark_read(self, arrays: Sequence[Array]) -> None:  # noqa: B027
-        """Keep the memory of `arrays` from other use until what the current stream was asked to do is done."""
+    def view(self, array: Array, index: tuple[int | slice, ...], order: tuple[int, ...]) -> Array:
+        """Return ``array[index]`` with its axes in another order; may share memory."""
+        shape = self.describe(array).shape
+        whole = all(part in (slice(None), slice(0, n)) for part, n in zip(index, shape, strict=True))
+        if whole and list(order) == list(range(len(order))):
+            return array
+        msg = f"{self.framework} arrays cannot be viewed with axes {order}; store and load in one layout"
+        raise StructureMismatchError(msg)
 
     def counter(self, array: Array) -> int | None:
         """Read a `LENGTH` leaf: its value where all elements agree, else None. Blocks until it is computed."""
@@ -265,116 +305,14 @@ class Adapter(ABC):
         """Set every element of a `LENGTH` leaf that the caller gave up, in place where arrays are mutable."""
         return self.with_counter(array, value)
 
-    def place(self, array: Array, device: str) -> Array:
-        """Return `array` on `device`, itself where it already lies there.
+    # --- what only some frameworks have ------------------------------------------------------------------------------
 
-        Raises:
-            StructureMismatchError: This framework knows no such device.
-        """
-        if device != self.describe(array).device:
-            msg = f"{self.framework} arrays cannot be placed on device {device!r}"
-            raise StructureMismatchError(msg)
-        return array
+    @functools.cached_property  # `isinstance` with a Protocol takes 10 us, as long as putting ten layers together
+    def containers(self) -> SupportsContainers | None:
+        """This adapter, where its framework has containers of its own; else None."""
+        return self if isinstance(self, SupportsContainers) else None
 
-    def view(self, array: Array, index: tuple[int | slice, ...], order: tuple[int, ...]) -> Array:
-        """Return ``array[index]`` with its axes in another order; may share memory."""
-        shape = self.describe(array).shape
-        whole = all(part in (slice(None), slice(0, n)) for part, n in zip(index, shape, strict=True))
-        if whole and list(order) == list(range(len(order))):
-            return array
-        msg = f"{self.framework} arrays cannot be viewed with axes {order}; store and load in one layout"
-        raise StructureMismatchError(msg)
-
-    def fill_all(self, fills: Sequence["Fill"]) -> list[Array]:
-        """Write rows into buffers that the caller gave up, and return the buffers to use instead.
-
-        Args:
-            fills: What goes where; targets are consumed.
-
-        Returns:
-            For each fill, the array that now holds the result: the target itself, written in place, where arrays are
-            mutable; a new handle otherwise.
-        """
-        msg = f"{self.framework} has no buffers to fill ({len(fills)} asked for); unwrap without like="
-        raise StructureMismatchError(msg)
-
-    def checksum(self, array: Array) -> int:
-        """Return a checksum of the elements, to find a borrower that wrote (``debug=True``)."""
-        return zlib.crc32(self.to_host(array).memory)
-
-    def is_deleted(self, array: Array) -> bool:  # noqa: ARG002
-        """Say whether somebody deleted or donated `array`."""
-        return False
-
-    def model_parts(self, model: object) -> tuple[str, Mapping[str, Array]] | None:  # noqa: ARG002
-        """Return what describes a model of this framework in words, and its parameters by name; None where it is none.
-
-        The words are equal for equal models in every process; they name what parameters alone do not tell: the
-        configuration, which adapters are active.
-        """
-        return None
-
-    def sample(self, array: Array) -> bytes:
-        """Return some of the bytes of `array`, spread over all of it and the same every time."""
-        memory = self.to_host(array).memory
-        step = max(len(memory) // _SAMPLES // ALIGNMENT * ALIGNMENT, ALIGNMENT)
-        return b"".join(memory[at : at + ALIGNMENT] for at in range(0, len(memory), step))
-
-    # --- containers --------------------------------------------------------------------------------------------------
-
-    def open(self, value: object) -> Opened | None:  # noqa: ARG002
-        """Take a container of this framework apart, or return None where it is none. Copies nothing."""
-        return None
-
-    def close(self, kind: str, children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:  # noqa: ARG002
-        """Put a container together from what `open` gave; `native` is None where the structure came from bytes.
-
-        `length` is that of the state; 0 where none of its containers stated one and no counter was read yet.
-
-        Raises:
-            StructureMismatchError: This adapter does not know `kind`, or cannot build it without `native`.
-        """
-        msg = f"the {self.framework} adapter cannot build a {kind!r} here; pass like= with a fresh one"
-        raise StructureMismatchError(msg)
-
-    def take_apart(self, value: object) -> list[Any] | None:  # noqa: ARG002
-        """Empty a container of this framework of its children and return them, or None where `value` is none.
-
-        What is emptied need not work any more: this serves `on_evict`, whose argument nobody uses afterwards.
-        """
-        return None
-
-    def is_constant(self, value: object) -> bool:  # noqa: ARG002
-        """Say whether `value` is an immutable little thing (a dtype, a device) that containers may carry along."""
-        return False
-
-    def prepare_like(self, like: object, length: int, layers: int) -> object:  # noqa: ARG002
-        """Make an empty template ready to be filled with `layers` layers; most need nothing."""
-        return like
-
-    def known_layout(self, names: Sequence[str]) -> "KVLayout | None":  # noqa: ARG002
-        """Return the layout of a cache whose leaves have these names, where its conventions are public knowledge."""
-        return None
-
-    def abstract_specs(self, init_fn: Callable[[int], object], length: int) -> Mapping[str, ArraySpec]:
-        """Return name and spec of each leaf of ``init_fn(length)`` without allocating it."""
-        msg = f"the {self.framework} adapter cannot evaluate {init_fn!r} at length {length} without allocating"
-        raise StructureMismatchError(msg)
-
-
-class Fill(NamedTuple):
-    """One write of `Adapter.fill_all`: ``target[at] = transpose(source[source_at], order)``.
-
-    Attributes:
-        target: The buffer, which the caller gave up.
-        at: An int (a layer of a stacked buffer) or a slice per axis of the target.
-        source: What to write. Never written.
-        source_at: An int or a slice per axis of the source.
-        order: Axes of ``source[source_at]`` in the order of ``target[at]``.
-    """
-
-    target: Array
-    at: tuple[int | slice, ...]
-    source: Array
-    source_at: tuple[int | slice, ...]
-    order: tuple[int, ...]
+    @functools.cached_property
+    def streams(self) -> SupportsStreams | None:
+        """This adapter, where its framework has streams that it must be told of; else None."""
+        return self if isinstance(self, SupportsStreams) else None

@@ -3,7 +3,7 @@
 import mmap
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from agnostic_cache.arrays.adapter import Adapter, Array, ArraySpec, Fill, Storage
 from agnostic_cache.arrays.host import HostArray, aligned, copy_rows
@@ -57,16 +57,14 @@ class HostAdapter(Adapter):
                 )
                 raise StructureMismatchError(msg)
         for target, index, source, source_index, _ in fills:
-            target_rows, source_rows, axis = _ALL, _ALL, None
-            for i, (at, part) in enumerate(zip(index, source_index, strict=True)):
-                if isinstance(at, slice) and isinstance(part, slice) and (at, part) != (_ALL, _ALL):
-                    target_rows, source_rows, axis = at, part, i
-            if axis is None:
+            parts = enumerate(zip(index, source_index, strict=True))
+            rows = next((axis for axis, part in parts if part != (_ALL, _ALL)), None)
+            if rows is None:
                 target.memory[:] = source.memory
             else:
-                start, stop, _ = source_rows.indices(source.shape[axis])
-                first, _, _ = target_rows.indices(target.shape[axis])
-                copy_rows(target, first, source, start, stop, axis)
+                start, stop, _ = cast("slice", source_index[rows]).indices(source.shape[rows])
+                first, _, _ = cast("slice", index[rows]).indices(target.shape[rows])
+                copy_rows(target, first, source, start, stop, rows)
         return [fill.target for fill in fills]
 
     def release(self, arrays: Sequence[Array]) -> int:

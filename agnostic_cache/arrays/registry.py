@@ -150,7 +150,7 @@ def _find(value: object, ranked: list[Adapter]) -> Adapter | None:
             children = value
         else:
             for adapter in ranked:
-                if adapter.open(value) is not None:
+                if adapter.containers is not None and adapter.containers.open(value) is not None:
                     return adapter
             names = field_names(value)
             if names is None:

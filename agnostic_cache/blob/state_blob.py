@@ -16,13 +16,15 @@ from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import HostArray, row_major_bytes
 from agnostic_cache.arrays.leaf import Leaf
 from agnostic_cache.arrays.registry import adapter_named
-from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Role, axis_names
+from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW, Role, Whole, axis_names
 from agnostic_cache.blob.checksum import best_algorithm
 from agnostic_cache.blob.producer import PRODUCER
 from agnostic_cache.blob.safetensors import RESERVED, Header, Part, Parts, Tensor, parse_header, verify
 from agnostic_cache.errors import AgnosticCacheError, BlobError, StructureMismatchError
-from agnostic_cache.state.kv_state import KVState, Ownership, read_length
+from agnostic_cache.state.kv_state import KVState, Ownership
 from agnostic_cache.state.layout import KVLayout
+from agnostic_cache.state.length import read_length
+from agnostic_cache.state.rows import Rows
 from agnostic_cache.state.tree import Node
 
 FORMAT: Final = "2"
@@ -196,8 +198,7 @@ class StoredState:
         if layout is not None and own is not None and layout.rotary not in {None, own.rotary}:
             msg = f"the keys are rotated {own.rotary!r}, the layout says {layout.rotary!r}; recompute them"
             raise StructureMismatchError(msg)
-        shared, layout = Ownership.SHARED, layout or own
-        return KVState(leaves, node, host, length=self.length, ownership=shared, missing=missing, layout=layout)
+        return KVState(Rows(leaves, node, host, self.length, missing, layout or own), Ownership.SHARED)
 
     def _leaf(self, kind: "_Kind", name: str, arrays: dict[str, HostArray]) -> Leaf:
         array = arrays.get(name)
@@ -283,7 +284,7 @@ def _role_from_json(plain: Mapping[str, Any]) -> Role:
         return TOKENS(_count(plain["axis"]), _count(plain["stride"], least=1))
     if kind == "window":
         return WINDOW(_count(plain["axis"]), _count(plain["width"]))
-    return {SNAPSHOT.value: SNAPSHOT, LENGTH.value: LENGTH}[kind]
+    return Whole(kind)
 
 
 def _text_or_none(value: Any) -> str | None:

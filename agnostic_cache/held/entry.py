@@ -22,7 +22,7 @@ class Entry:
         storages: The memory that the entry refers to.
         cost: What it takes to compute it again, or None.
         as_state: A `KVState` was put: such are handed out.
-        queued: Computations may still read it when a borrow of it has ended; see `Adapter.is_queued`.
+        queued: Computations may still read it when a borrow of it has ended; see `SupportsStreams`.
         may_fork: Its arrays may live on in what a borrower made of them.
         born: When it was put, counted in puts and uses.
         tick: When it was used last, as `born`.
@@ -42,14 +42,13 @@ class Entry:
         self, key: Key, state: KVState, storages: Sequence[Storage], cost: float | None, *, as_state: bool
     ) -> None:
         """Make an entry that is not listed yet."""
-        adapter = state.adapter
         self.key = key
         self.state: KVState | None = state
         self.storages = storages
         self.cost = cost
         self.as_state = as_state
-        self.queued = any(map(adapter.is_queued, {storage.device for storage in storages}))
-        self.may_fork = adapter.forkable and any(leaf.frozen for leaf in state.leaves.values())
+        self.queued = state.is_queued({storage.device for storage in storages})
+        self.may_fork = state.adapter.forkable and any(leaf.frozen for leaf in state.leaves.values())
         self.born = self.tick = self.borrows = 0
         self.is_kept = False
         self.alone: Sequence[Storage] | None = None

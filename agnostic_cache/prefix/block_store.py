@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from agnostic_cache.arrays.roles import SNAPSHOT
 from agnostic_cache.errors import BusyError, StorageError
 from agnostic_cache.eviction.evictor import PutStatus
 from agnostic_cache.eviction.gdsf import recompute_cost
@@ -308,7 +309,7 @@ class BlockStore:
         self, blocks: list[Block], state: KVState, stored: "StoredBlocks | None", leases: list[Lease]
     ) -> int:
         """Copy in the blocks that are not here; `leases` takes all, so that none leaves to make room for another."""
-        rows, made = state.narrowed(without=blocks[0].kind.snapshots), 0
+        rows, made = state.without(SNAPSHOT), 0
         room = True
         for i, block in enumerate(blocks):
             start = i * self._block_size

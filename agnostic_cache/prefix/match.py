@@ -8,7 +8,6 @@ from agnostic_cache.arrays.registry import adapter_for
 from agnostic_cache.errors import ReleasedError
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.template import fill_template
 
 if TYPE_CHECKING:
     from agnostic_cache.prefix.single_flight import Claim
@@ -137,7 +136,7 @@ class Match:
             framework = to or (self._framework if like is None else adapter_for(like).framework)
             parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
-                return fill_template(parts, like, layout if layout is not None else self._layout)
+                return KVState.fill(parts, like, layout if layout is not None else self._layout)
             joined = KVState.join(parts)
             return joined.unwrap() if to is None else joined
         finally:
@@ -150,7 +149,7 @@ class Match:
         *blocks, snapshot = (lease.states() for lease in self._leases)
         parts = [state for states in blocks for state in states][: self._count]
         if parts[-1].length > self._rows:
-            parts[-1] = parts[-1].narrowed(length=self._rows)
+            parts[-1] = parts[-1].trimmed(self._rows)
         return [*parts, *snapshot]
 
     def close(self) -> None:

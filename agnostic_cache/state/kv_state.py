@@ -15,16 +15,19 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from agnostic_cache.arrays.adapter import Adapter, Array, ArraySpec, Storage, SupportsDLPack
+from agnostic_cache.arrays.adapter import Adapter, Array, Storage
+from agnostic_cache.arrays.dlpack import SupportsDLPack
 from agnostic_cache.arrays.leaf import Leaf
-from agnostic_cache.arrays.registry import adapter_named
-from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW
-from agnostic_cache.errors import LengthMismatchError, MissingLeavesError, ReleasedError
-from agnostic_cache.state.batch import check_row_lengths, split_leaves, stack_leaves
-from agnostic_cache.state.cutting import check_joinable, cut_leaves, join_leaves
+from agnostic_cache.arrays.registry import adapter_for, adapter_named
+from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, Role
+from agnostic_cache.errors import CutRangeError, ReleasedError
+from agnostic_cache.state.batch import split_rows, stack_rows
+from agnostic_cache.state.cutting import cut_rows, join_rows
+from agnostic_cache.state.fill import Source, fill_template
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.template import fill_template
-from agnostic_cache.state.tree import Node, build
+from agnostic_cache.state.length import read_length
+from agnostic_cache.state.rows import Rows, check_complete
+from agnostic_cache.state.tree import build
 
 
 class Ownership(enum.Enum):
@@ -40,49 +43,38 @@ class KVState:
 
     Make one with `wrap`. Methods neither mutate nor block unless they say so. Not safe to use from several threads
     while one of them releases or unwraps it.
-
-    Attributes:
-        missing: Names of `SNAPSHOT` leaves that a cut had to leave behind. Such a state joins, but does not unwrap.
-        layout: The layout that named its leaves, or None where their containers did. Not part of `structure`.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_adapter",
-        "_gone",
-        "_leaves",
-        "_length",
-        "_node",
-        "_ownership",
-        "_specs",
-        "layout",
-        "missing",
-    )
+    __slots__ = ("__weakref__", "_gone", "_is_read", "_ownership", "_rows")
 
-    def __init__(
-        self,
-        leaves: dict[str, Leaf],
-        node: Node,
-        adapter: Adapter,
-        *,
-        length: int | None,
-        ownership: Ownership,
-        missing: frozenset[str] = frozenset(),
-        layout: KVLayout | None = None,
-    ) -> None:
-        """Take the parts as they are; `wrap` is the public door."""
-        self._leaves = leaves
-        self._node = node
-        self._adapter = adapter
-        self._length = length
+    def __init__(self, rows: Rows, ownership: Ownership, *, is_read: bool = True) -> None:
+        """Take rows as they are; `wrap` is the public door.
+
+        Args:
+            rows: What the state consists of.
+            ownership: Who else may touch the memory.
+            is_read: Whether ``rows.length`` is known. Otherwise the counters are read when it is first asked for.
+        """
+        self._rows = rows
         self._ownership = ownership
+        self._is_read = is_read
         self._gone: str | None = None
-        # Of each leaf that was asked for. Arrays that are the caller's may become others behind our back.
-        self._specs: dict[str, ArraySpec] | None = None if ownership is Ownership.BORROWED else {}
-        self.missing = missing
-        self.layout = layout
 
     # --- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> Rows:
+        """The state as plain data, its length read. Borrowed: do not keep past `release`.
+
+        Raises:
+            ReleasedError: The state is gone.
+            LengthMismatchError: Counters disagree.
+        """
+        rows = self._alive()
+        if not self._is_read:
+            self._rows = rows = rows._replace(length=read_length(rows.leaves, rows.adapter, None))
+            self._is_read = True
+        return rows
 
     @property
     def leaves(self) -> Mapping[str, Leaf]:
@@ -91,7 +83,7 @@ class KVState:
         Raises:
             ReleasedError: The state is gone.
         """
-        return MappingProxyType(self._alive())
+        return MappingProxyType(self._alive().leaves)
 
     @property
     def length(self) -> int:
@@ -100,29 +92,37 @@ class KVState:
         Raises:
             LengthMismatchError: Counters disagree.
         """
-        if self._length is None:
-            self._length = read_length(self._alive(), self._adapter, None)
-        return self._length
+        return self._rows.length if self._is_read else self.rows.length
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Names of `SNAPSHOT` leaves that a cut had to leave behind. Such a state joins, but does not unwrap."""
+        return self._rows.missing
+
+    @property
+    def layout(self) -> KVLayout | None:
+        """The layout that named its leaves, or None where their containers did. Not part of `structure`."""
+        return self._rows.layout
 
     @property
     def structure(self) -> Mapping[str, Any]:
         """How the leaves nest, as plain JSON-able dicts and lists."""
-        return self._node.to_json()
+        return self._rows.node.to_json()
 
     @property
     def framework(self) -> str:
         """``"torch"``, ``"jax"``, ``"host"`` or a third party's name."""
-        return self._adapter.framework
+        return self._rows.adapter.framework
 
     @property
     def adapter(self) -> Adapter:
         """The adapter of the leaves."""
-        return self._adapter
+        return self._rows.adapter
 
     @property
     def rotary(self) -> str | None:
         """Convention of the rotary embedding in the keys, ``"half"`` or ``"interleaved"``, or None where unknown."""
-        return self.layout.rotary if self.layout is not None else None
+        return self._rows.rotary
 
     @property
     def ownership(self) -> Ownership:
@@ -136,95 +136,79 @@ class KVState:
 
     def storages(self) -> list[Storage]:
         """Return each piece of memory that the leaves keep alive, once."""
-        return self._adapter.storages_all([leaf.array for leaf in self._alive().values()])
-
-    def spec(self, name: str) -> ArraySpec:
-        """Return shape, dtype and device of a leaf. A state that is kept looks at each array once."""
-        known = self._specs
-        if known is None:
-            return self._adapter.describe(self._alive()[name].array)
-        found = known.get(name)
-        return found or known.setdefault(name, self._adapter.describe(self._alive()[name].array))
+        return self.adapter.storages_all([leaf.array for leaf in self._alive().leaves.values()])
 
     def compact_nbytes(self) -> Mapping[str, int]:
         """Return the bytes per device that a `copy` of this state will keep alive."""
-        return self._adapter.compact_nbytes(self._arrays())
-
-    def same_structure(self, other: "KVState") -> bool:
-        """Say whether both nest their leaves alike."""
-        return self._node is other._node or self._node.to_json() == other._node.to_json()
-
-    def shareable(self, leaf: Leaf) -> bool:
-        """Say whether another state may refer to the memory of `leaf` without seeing it written."""
-        return leaf.frozen or self._ownership is not Ownership.BORROWED or not self._adapter.mutable
+        return self.adapter.compact_nbytes(self._alive().arrays())
 
     def __repr__(self) -> str:
         """Show what it is, never what is in it."""
         if self._gone is not None:
             return f"KVState({self._gone})"
-        length = "?" if self._length is None else self._length
-        shown = f"length={length}, leaves={len(self._leaves)}, {self._ownership.value}"
+        length = self._rows.length if self._is_read else "?"
+        shown = f"length={length}, leaves={len(self._rows.leaves)}, {self._ownership.value}"
         return f"KVState(framework={self.framework!r}, {shown})"
 
-    def _alive(self) -> dict[str, Leaf]:
+    def _alive(self) -> Rows:
         if self._gone is not None:
             msg = f"this KVState was {self._gone}; get or borrow the entry again"
             raise ReleasedError(msg)
-        return self._leaves
+        return self._rows
 
-    def _arrays(self) -> list[Array]:
-        """Every array once, in order."""
-        return list({id(leaf.array): leaf.array for leaf in self._alive().values()}.values())
+    def _is_lasting(self) -> bool:
+        """Whether nobody writes the arrays in place from now on."""
+        return self._ownership is not Ownership.BORROWED or not self.adapter.mutable
 
-    def _with(self, leaves: dict[str, Leaf], ownership: Ownership, **changes: Any) -> "KVState":
-        settings: dict[str, Any] = {"length": self._length, "missing": self.missing, "layout": self.layout, **changes}
-        return KVState(leaves, self._node, self._adapter, ownership=ownership, **settings)
+    def _around(self, arrays: Mapping[int, Array], adapter: Adapter | None = None) -> Rows:
+        """The rows with other arrays in place of those whose ids are given."""
+        rows = self._rows
+        leaves = {
+            name: leaf._replace(array=arrays.get(id(leaf.array), leaf.array)) for name, leaf in rows.leaves.items()
+        }
+        return rows._replace(leaves=leaves, adapter=adapter or rows.adapter)
 
     # --- copy, cut, join ---------------------------------------------------------------------------------------------
 
     def copy(self) -> "KVState":
         """Return an independent, compact copy on the same device. Leaves that were one array stay one array."""
-        leaves = self._alive()
-        arrays = self._arrays()
-        copies = dict(zip(map(id, arrays), self._adapter.copy_all(arrays), strict=True))
-        copied = {name: leaf._replace(array=copies[id(leaf.array)]) for name, leaf in leaves.items()}
-        return self._with(copied, Ownership.OWNED)
+        return self._copied(self._alive().arrays())
 
     def fork(self) -> "KVState":
         """Return a state to use up: frozen leaves are shared where several may own one, all others copied."""
-        leaves, forkable = self._alive(), self._adapter.forkable
+        leaves, forkable = self._alive().leaves, self.adapter.forkable
         thawed = {id(leaf.array): leaf.array for leaf in leaves.values() if not (leaf.frozen and forkable)}
-        copies = dict(zip(thawed, self._adapter.copy_all(list(thawed.values())), strict=True)) if thawed else {}
-        forked = {name: leaf._replace(array=copies.get(id(leaf.array), leaf.array)) for name, leaf in leaves.items()}
-        return self._with(forked, Ownership.OWNED)
+        return self._copied(list(thawed.values()))
+
+    def _copied(self, arrays: list[Array]) -> "KVState":
+        """The state with copies of some of its arrays, each named once."""
+        copies = self.adapter.copy_all(arrays) if arrays else []
+        rows = self._around(dict(zip(map(id, arrays), copies, strict=True)))
+        return KVState(rows, Ownership.OWNED, is_read=self._is_read)
 
     def cut(self, start: int, stop: int) -> "KVState":
         """Return an independent, compact copy of tokens ``[start, stop)``.
 
         `SNAPSHOT` leaves come along only where `stop` is the end of the state; otherwise they are listed in `missing`
-        of the result. `WINDOW` leaves give the rows of the cut that are there.
+        of the result. `WINDOW` leaves give the rows of the cut that are there. `KEEP` leaves are left out.
 
         Raises:
             CutRangeError: Not ``0 <= start <= stop <= length``, or not on a row of a strided leaf.
         """
-        leaves, lost = cut_leaves(self._alive(), self._adapter, self.length, start, stop)
-        missing = self.missing | lost
-        return self._with(leaves, Ownership.OWNED, length=stop - start, missing=missing)
+        return KVState(cut_rows(self.rows, start, stop), Ownership.OWNED)
 
     @classmethod
     def join(cls, parts: Sequence["KVState"]) -> "KVState":
         """Return an independent state that stands for the tokens of all `parts` in order.
 
-        `SNAPSHOT` leaves, and what is `missing`, come from the last part; `WINDOW` leaves keep what its end needs.
+        `SNAPSHOT` leaves, and what is `missing`, come from the last part; `WINDOW` leaves keep what its end needs;
+        `KEEP` leaves are left out.
 
         Raises:
             StructureMismatchError: No parts, or they differ in structure, leaves, axes, shapes or dtypes.
             MixedFrameworksError: They are of different frameworks.
         """
-        check_joinable(parts)
-        last, length = parts[-1], sum(part.length for part in parts)
-        leaves = join_leaves([part._alive() for part in parts], [part.length for part in parts], last._adapter)
-        return last._with(leaves, Ownership.OWNED, length=length)
+        return cls(join_rows([part.rows for part in parts]), Ownership.OWNED)
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -241,14 +225,7 @@ class KVState:
                 padding.
             LengthMismatchError: `lengths` are not one per row within ``[0, length]``.
         """
-        rows = [self._with(leaves, Ownership.OWNED) for leaves in split_leaves(self._alive(), self._adapter)]
-        if lengths is None:
-            return rows
-        check_row_lengths(self._leaves, len(rows), self.length, lengths)
-        return [
-            row if count == self.length else row.cut(self.length - count, self.length)
-            for row, count in zip(rows, lengths, strict=True)
-        ]
+        return [KVState(rows, Ownership.OWNED) for rows in split_rows(self.rows, lengths)]
 
     @classmethod
     def stack(cls, states: Sequence["KVState"], *, length: int | None = None) -> "KVState":
@@ -266,16 +243,7 @@ class KVState:
             MixedFrameworksError: They are of different frameworks.
             MissingLeavesError: The rows of a window are not there.
         """
-        lengths = sorted({state.length for state in states})
-        wanted = length if length is not None or not lengths else lengths[-1]
-        if length is None and len(lengths) > 1:
-            msg = f"stack of states of {lengths} tokens; cut them to {lengths[0]}, or pass length={lengths[-1]} to pad"
-            raise LengthMismatchError(msg)
-        if lengths and wanted is not None and lengths[-1] > wanted:
-            msg = f"stack of states of {lengths} tokens into length={wanted}; pass at least {lengths[-1]}"
-            raise LengthMismatchError(msg)
-        leaves = stack_leaves(states, wanted or 0)
-        return states[0]._with(leaves, Ownership.OWNED, length=wanted)
+        return cls(stack_rows([state.rows for state in states], length), Ownership.OWNED)
 
     # --- crossing ----------------------------------------------------------------------------------------------------
 
@@ -298,28 +266,22 @@ class KVState:
             MissingAdapterError: No such framework here.
             StructureMismatchError: No such device in it.
         """
-        leaves, source = self._alive(), self._adapter
-        target = adapter_named(framework)
+        rows, source, target = self._alive(), self.adapter, adapter_named(framework)
         if target.framework == source.framework and (device is None or not source.forkable):
             moved = self.copy()
-            placed = {
-                name: leaf if device is None else leaf._replace(array=target.place(leaf.array, device))
-                for name, leaf in moved._leaves.items()
-            }
-            return moved._with(placed, Ownership.OWNED)
-        exposed = {id(leaf.array): leaf.array for leaf in leaves.values() if not self.shareable(leaf)}
+            if device is None:
+                return moved
+            placed = {id(array): target.place(array, device) for array in moved.rows.arrays()}
+            return KVState(moved._around(placed), Ownership.OWNED, is_read=self._is_read)
+        lasting = self._is_lasting()
+        exposed = {id(leaf.array): leaf.array for leaf in rows.leaves.values() if not (lasting or leaf.frozen)}
         private = dict(zip(exposed, source.copy_all(list(exposed.values())), strict=True)) if exposed else {}
         crossed: dict[int, Array] = {}
-        for leaf in leaves.values():
-            if id(leaf.array) not in crossed:
-                array = _cross(private.pop(id(leaf.array), leaf.array), source, target)
-                crossed[id(leaf.array)] = array if device is None else target.place(array, device)
-        result = {name: leaf._replace(array=crossed[id(leaf.array)]) for name, leaf in leaves.items()}
+        for array in rows.arrays():
+            made = _cross(private.pop(id(array), array), source, target)
+            crossed[id(array)] = made if device is None else target.place(made, device)
         self.share()
-        length, shared = self._length, Ownership.SHARED
-        return KVState(
-            result, self._node, target, length=length, ownership=shared, missing=self.missing, layout=self.layout
-        )
+        return KVState(self._around(crossed, target), Ownership.SHARED, is_read=self._is_read)
 
     # --- doors -------------------------------------------------------------------------------------------------------
 
@@ -342,84 +304,91 @@ class KVState:
             StructureMismatchError: The template lacks a leaf of the state or has one more, or axes, dtypes, batch or
                 room differ, or the structure cannot be rebuilt without a template. Nothing is paired by position.
         """
-        leaves = self._alive()
-        self._check_complete()
+        rows = self._alive()
+        check_complete(rows)
         if like is not None:
-            return fill_template([self], like, layout)
-        if self._ownership is Ownership.SHARED and self._adapter.mutable:
+            return KVState.fill([self], like, layout)
+        if self._ownership is Ownership.SHARED and self.adapter.mutable:
             return self.fork().unwrap()
-        arrays = {name: leaf.array for name, leaf in leaves.items()}
+        arrays = {name: leaf.array for name, leaf in rows.leaves.items()}
         # Where no container or counter has stated a length, none needs one: it is not read from the device for this.
-        native = build(self._node, arrays, self._length or 0, self._adapter)
-        self._ownership, self._specs = Ownership.BORROWED, None
+        native = build(rows.node, arrays, rows.length, rows.adapter)
+        self._ownership = Ownership.BORROWED
         return native
 
-    def _check_complete(self) -> None:
-        if self.missing:
-            shown = ", ".join(sorted(self.missing)[:4])
-            msg = (
-                f"{len(self.missing)} leaves are only valid at another length and were left behind by a cut: "
-                f"{shown}; join up to a stored boundary"
-            )
-            raise MissingLeavesError(msg)
-        for name, leaf in self._leaves.items():
-            if type(leaf.role) is WINDOW:
-                rows = self._adapter.describe(leaf.array).shape[leaf.role.axis]
-                if leaf.first > max(0, self.length - leaf.role.width) or leaf.first + rows < self.length:
-                    msg = (
-                        f"window {name!r} holds tokens [{leaf.first}, {leaf.first + rows}) of {self.length}, and "
-                        f"needs the last {leaf.role.width}"
-                    )
-                    raise MissingLeavesError(msg)
+    @classmethod
+    def fill(cls, parts: Sequence["KVState"], like: object, layout: KVLayout | None = None) -> Any:
+        """Write the state that adjacent `parts` make up into a template: ``join(parts).unwrap(like)``, without joining.
+
+        Args:
+            parts: Parts of one state, in order.
+            like: As in `unwrap`: consumed.
+            layout: As in `unwrap`.
+
+        Raises:
+            StructureMismatchError: As `unwrap`.
+        """
+        adapter = adapter_for(like)
+        parts = [part if part.framework == adapter.framework else part.to(adapter.framework) for part in parts]
+        sources = [Source(part.rows, part._is_lasting()) for part in parts]
+        native, shared = fill_template(sources, like, layout)
+        if shared:
+            for part in parts:
+                part.share()
+        return native
 
     # --- for the cache that keeps it ---------------------------------------------------------------------------------
 
     def move(self) -> "KVState":
         """Return a state that owns the leaves; this one is gone, and raises `ReleasedError` from now on."""
         ownership = Ownership.SHARED if self._ownership is Ownership.SHARED else Ownership.OWNED
-        moved = self.lend()
-        moved._ownership = ownership
+        moved = KVState(self._alive(), ownership, is_read=self._is_read)
         self.end("moved into a cache")
         return moved
 
     def lend(self) -> "KVState":
         """Return a state that borrows the leaves until `end` is called on it. Constant time."""
-        lent = object.__new__(KVState)  # a call of the class, and of __init__ with keywords, takes 0.5 us more
-        lent._leaves = self._alive()
-        lent._node = self._node
-        lent._adapter = self._adapter
-        lent._length = self._length
-        lent._ownership = Ownership.BORROWED
-        lent._gone = None
-        lent._specs = self._specs
-        lent.missing = self.missing
-        lent.layout = self.layout
-        return lent
+        return KVState(self._alive(), Ownership.BORROWED, is_read=self._is_read)
 
-    def narrowed(self, *, length: int | None = None, without: frozenset[str] = frozenset()) -> "KVState":
-        """Return a state that borrows the leaves and stands for less. Copies nothing.
+    def trimmed(self, length: int) -> "KVState":
+        """Return a state that borrows the rows of the first `length` tokens. Copies nothing but counters.
 
-        Args:
-            length: Its tokens; rows behind them stay where they are and do not count.
-            without: Names of leaves that are `missing` in it.
+        Rows beyond the length stay where they are and do not count; `SNAPSHOT` leaves are `missing`.
+
+        Raises:
+            CutRangeError: Not ``0 <= length <= self.length``.
         """
-        lent = self.lend()
-        if self._ownership is Ownership.SHARED:
-            lent._ownership = Ownership.SHARED
-        if length is not None:
-            lent._length = length
-        if without:
-            lent._leaves = {name: leaf for name, leaf in lent._leaves.items() if name not in without}
-            lent.missing |= without
-        return lent
+        rows = self.rows
+        if not 0 <= length <= rows.length:
+            msg = f"trim of a state of {rows.length} tokens to {length}; stay within [0, {rows.length}]"
+            raise CutRangeError(msg)
+        trimmed = self if length == rows.length else self.without(SNAPSHOT)
+        leaves = {
+            name: leaf._replace(array=self.adapter.with_counter(leaf.array, length)) if leaf.role is LENGTH else leaf
+            for name, leaf in trimmed.rows.leaves.items()
+        }
+        return KVState(trimmed.rows._replace(leaves=leaves, length=length), Ownership.BORROWED)
+
+    def without(self, role: Role) -> "KVState":
+        """Return a state that borrows all leaves but those of a role, which are `missing` in it. Copies nothing."""
+        rows = self.rows
+        left = {name: leaf for name, leaf in rows.leaves.items() if leaf.role != role}
+        missing = rows.missing | (rows.leaves.keys() - left.keys())
+        return KVState(rows._replace(leaves=left, missing=missing), Ownership.BORROWED)
 
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
-        self._gone, self._leaves = reason, {}
+        self._gone, self._rows = reason, self._rows._replace(leaves={})
+
+    def is_queued(self, devices: Iterable[str]) -> bool:
+        """Say whether computations on one of `devices` may still read the leaves after a borrow of them has ended."""
+        streams = self.adapter.streams
+        return streams is not None and any(map(streams.is_queued, devices))
 
     def mark_read(self) -> None:
-        """Say that the current stream reads the leaves; see `Adapter.mark_read`."""
-        self._adapter.mark_read(self._arrays())
+        """Say that the current stream reads the leaves; see `SupportsStreams.mark_read`."""
+        if self.adapter.streams is not None:
+            self.adapter.streams.mark_read(self._alive().arrays())
 
     def share(self) -> None:
         """Say that somebody else refers to the memory from now on, so that nobody may write it."""
@@ -428,14 +397,14 @@ class KVState:
 
     def checksums(self) -> dict[str, int | None]:
         """Return a checksum per leaf, None where it was deleted or donated."""
-        deleted, checksum = self._adapter.is_deleted, self._adapter.checksum
-        return {n: None if deleted(leaf.array) else checksum(leaf.array) for n, leaf in self._alive().items()}
+        deleted, checksum = self.adapter.is_deleted, self.adapter.checksum
+        return {n: None if deleted(leaf.array) else checksum(leaf.array) for n, leaf in self._alive().leaves.items()}
 
     def shared_nbytes(self) -> int:
         """Return the bytes of frozen leaves that forks keep alive too."""
-        leaves = [leaf for leaf in self._alive().values() if leaf.frozen]
-        held = self._adapter.held_elsewhere([leaf.array for leaf in leaves])
-        found = {s.key: s.nbytes for array in held for s in self._adapter.storages(array)}
+        leaves = [leaf for leaf in self._alive().leaves.values() if leaf.frozen]
+        held = self.adapter.held_elsewhere([leaf.array for leaf in leaves])
+        found = {s.key: s.nbytes for array in held for s in self.adapter.storages(array)}
         return sum(found.values())
 
     # --- freeing -----------------------------------------------------------------------------------------------------
@@ -448,9 +417,9 @@ class KVState:
         """
         if self._gone is not None:
             return 0
-        arrays, borrowed = self._arrays(), self._ownership is Ownership.BORROWED
+        arrays, borrowed = self._rows.arrays(), self._ownership is Ownership.BORROWED
         self.end("released")
-        return 0 if borrowed else self._adapter.release(arrays)
+        return 0 if borrowed else self.adapter.release(arrays)
 
     def release_alone(self, keys: frozenset[Hashable] | None) -> list[tuple[int, Callable[[], bool]]]:
         """Free the arrays all of whose storages are in `keys`, and let go of the others, which somebody else holds.
@@ -462,74 +431,21 @@ class KVState:
             Size, and a function that says whether it still lives, for each storage that outlived this because a fork
             keeps it.
         """
-        deleted = self._adapter.is_deleted
-        arrays = [array for array in self._arrays() if not deleted(array)]
+        deleted = self.adapter.is_deleted
+        arrays = [array for array in self._rows.arrays() if not deleted(array)]
         if keys is None:  # an array of no bytes has no storage: somebody else may hold it, and nothing is freed
-            alone = [a for a, shape in zip(arrays, self._adapter.check_all(arrays), strict=True) if 0 not in shape]
+            alone = [a for a, shape in zip(arrays, self.adapter.shapes(arrays), strict=True) if 0 not in shape]
         else:
-            alone = [array for array in arrays if self._lies_in(array, keys)]
+            held = [{storage.key for storage in self.adapter.storages(array)} for array in arrays]
+            alone = [array for array, own in zip(arrays, held, strict=True) if own and own <= keys]
         del arrays
-        watched = self._adapter.watch(alone) if any(leaf.frozen for leaf in self._leaves.values()) else []
+        watched = self.adapter.watch(alone) if any(leaf.frozen for leaf in self._rows.leaves.values()) else []
         self.end("released")
-        self._adapter.release(alone)
+        self.adapter.release(alone)
         return [(nbytes, alive) for nbytes, alive in watched if alive()]
-
-    def _lies_in(self, array: Array, keys: frozenset[Hashable]) -> bool:
-        held = {storage.key for storage in self._adapter.storages(array)}
-        return bool(held) and held <= keys
 
 
 def _cross(array: Array, source: Adapter, target: Adapter) -> Array:
     if isinstance(source, SupportsDLPack) and isinstance(target, SupportsDLPack):
         return target.import_dlpack(source.export_dlpack(array))
     return target.from_host(source.to_host(array))
-
-
-def check_room(rows: Iterable[tuple[str, int, int]], length: int) -> None:
-    """Raise where a `TOKENS` leaf, given as name, rows and stride, has fewer rows than `length` tokens take.
-
-    Raises:
-        LengthMismatchError: It has, or `length` is negative.
-    """
-    if length < 0:
-        msg = f"length={length} is negative; pass the number of tokens that the state stands for"
-        raise LengthMismatchError(msg)
-    for name, count, stride in rows:
-        if (count + 1) * stride <= length:
-            msg = (
-                f"length={length}, but leaf {name!r} has {count} rows of {stride} tokens; pass the state that these "
-                "tokens were computed into"
-            )
-            raise LengthMismatchError(msg)
-
-
-def read_length(leaves: Mapping[str, Leaf], adapter: Adapter, known: int | None) -> int:
-    """Read the length from counters, or from token axes that all agree where there are none.
-
-    Args:
-        leaves: The leaves of a state.
-        adapter: Their adapter.
-        known: What somebody says the length is, or None.
-
-    Raises:
-        LengthMismatchError: Counters, rows and `known` disagree.
-    """
-    rows = [
-        (name, adapter.describe(leaf.array).shape[leaf.role.axis], leaf.role.stride)
-        for name, leaf in leaves.items()
-        if isinstance(leaf.role, TOKENS)
-    ]
-    counters = {
-        name: adapter.counter(leaf.array)
-        for name, leaf in leaves.items()
-        if leaf.role is LENGTH and 0 not in adapter.describe(leaf.array).shape
-    }
-    found = set(counters.values()) | ({known} if known is not None else set())
-    values = found or {count * stride for _, count, stride in rows}
-    length = values.pop() if len(values) == 1 else None
-    if length is None:
-        shown = dict(list(counters.items())[:4]) or {name: count * stride for name, count, stride in rows[:4]}
-        msg = f"the leaves disagree on the length in tokens: {shown}, asked for {known}; pass length="
-        raise LengthMismatchError(msg)
-    check_room(rows, length)
-    return length

@@ -8,11 +8,12 @@ shapes; what none of these covers is `SNAPSHOT`, which is always right and never
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from agnostic_cache.arrays import registry
+from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.arrays.roles import KEEP, LENGTH, LENGTH_NAMES, SNAPSHOT, TOKENS, WINDOW, Hint, Role, axis_names
 from agnostic_cache.errors import LayoutUnknownError, StructureMismatchError
+from agnostic_cache.state.infer import infer_roles
 
 __all__ = ["KEEP", "LENGTH", "LENGTH_NAMES", "SNAPSHOT", "TOKENS", "WINDOW", "Hint", "KVLayout", "Role", "axis_names"]
 
@@ -148,30 +149,21 @@ class KVLayout:
         Raises:
             LayoutUnknownError: The two caches have different leaves, or no leaf has a token axis.
         """
-        adapter = registry.adapter_named(framework)
-        short, long = (adapter.abstract_specs(init_fn, length) for length in lengths)
-        if short.keys() != long.keys():
-            msg = f"init_fn gives different leaves at lengths {lengths}: {sorted(short.keys() ^ long.keys())}"
-            raise LayoutUnknownError(msg)
-        roles: dict[str, Role] = {}
-        for name, spec in short.items():
-            shapes = list(zip(spec.shape, long[name].shape, strict=False))
-            changed = [i for i, (a, b) in enumerate(shapes) if a != b]
-            same_rank = len(spec.shape) == len(long[name].shape)
-            if same_rank and len(changed) == 1 and shapes[changed[0]] == lengths:
-                roles[name] = TOKENS(changed[0])
-            elif spec.dtype.is_integer and name.rsplit(".", 1)[-1] in LENGTH_NAMES:
-                roles[name] = LENGTH
-            else:
-                roles[name] = SNAPSHOT
-        if not any(isinstance(role, TOKENS) for role in roles.values()):
-            shown = {name: (spec.shape, long[name].shape) for name, spec in list(short.items())[:4]}
-            msg = (
-                f"no leaf of init_fn has one axis that follows the lengths {lengths}; found {shown}; declare "
-                "KVLayout(roles=...)"
-            )
-            raise LayoutUnknownError(msg)
         # Inferred names are literal: a path may hold characters that patterns use.
         layout = cls(names=names, stack_axis=stack_axis, rotary=rotary)
-        layout._roles = [(_Pattern(re.compile(re.escape(name)), ""), role) for name, role in roles.items()]
+        found = infer_roles(init_fn, lengths, framework)
+        layout._roles = [(_Pattern(re.compile(re.escape(name)), ""), role) for name, role in found.items()]
         return layout
+
+
+@runtime_checkable
+class SupportsLayouts(Protocol):
+    """Capability of an adapter: it knows caches of its framework by the names of their leaves."""
+
+    def known_layout(self, names: Sequence[str]) -> KVLayout | None:
+        """Return the layout of a cache whose leaves have these names, where its conventions are public knowledge."""
+
+
+def known_layout(adapter: Adapter, names: Sequence[str]) -> KVLayout | None:
+    """Return the layout by which an adapter knows a cache whose leaves have these names, or None."""
+    return adapter.known_layout(names) if isinstance(adapter, SupportsLayouts) else None

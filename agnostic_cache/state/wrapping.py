@@ -1,16 +1,17 @@
 """The door into a state: a native cache taken as a `KVState` that borrows its arrays."""
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
 
 from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.arrays.leaf import Leaf
 from agnostic_cache.arrays.registry import adapter_named
-from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW, Hint, axis_names
+from agnostic_cache.arrays.roles import KEEP, SNAPSHOT, TOKENS, WINDOW, Hint, axis_names
 from agnostic_cache.errors import LengthMismatchError, StructureMismatchError, UnknownValueError
-from agnostic_cache.state.kv_state import KVState, Ownership, check_room, read_length
-from agnostic_cache.state.layout import KVLayout
+from agnostic_cache.state.kv_state import KVState, Ownership
+from agnostic_cache.state.layout import KVLayout, known_layout
+from agnostic_cache.state.length import check_room, read_length
+from agnostic_cache.state.rows import Rows
 from agnostic_cache.state.tree import Flat, Node, flatten
 
 
@@ -38,12 +39,9 @@ def wrap(
         DeletedArrayError: An array was deleted or donated.
         LengthMismatchError: `length` disagrees with its leaves, or they with one another.
     """
-    state = adopt(native, adapter=adapter, length=length, layout=layout)
-    if state._length is None:
-        state._length = read_length(state._leaves, state._adapter, None)
-    else:
-        read_length(state._leaves, state._adapter, state._length)
-    return state
+    rows, length = _read(native, adapter, length, layout)
+    length = read_length(rows.leaves, rows.adapter, length)
+    return KVState(rows._replace(length=length), Ownership.BORROWED)
 
 
 def adopt(
@@ -54,84 +52,65 @@ def adopt(
     layout: KVLayout | None = None,
 ) -> KVState:
     """Do what `wrap` does, but read counters from the device only when `KVState.length` is first asked for."""
-    chosen = adapter_named(adapter) if isinstance(adapter, str) else adapter
-    flat = flatten(native, chosen)
+    rows, length = _read(native, adapter, length, layout)
+    return KVState(rows, Ownership.BORROWED, is_read=length is not None)
+
+
+def _read(
+    native: object, adapter: Adapter | str | None, length: int | None, layout: KVLayout | None
+) -> tuple[Rows, int | None]:
+    """Take a value apart; return its rows, and the length that it states, or None where a counter is to be read."""
+    flat = flatten(native, adapter_named(adapter) if isinstance(adapter, str) else adapter)
     if not flat.arrays:
         msg = f"{type(native).__qualname__} holds no array; store a state that has been computed"
         raise UnknownValueError(msg)
-    chosen = flat.adapter
     if layout is None and len(flat.hints) < len(flat.arrays):
-        layout = chosen.known_layout(list(flat.arrays))
-    known = _read_leaves(flat, layout)
-    length = _agreed(known.stated | ({length} if length is not None else set()), type(native).__qualname__)
-    leaves = known.leaves
-    if length is None and known.windows:
-        length = read_length(leaves, chosen, None)
-    for name, count in known.windows:  # these are the last rows, or the first where there is room for more
+        layout = known_layout(flat.adapter, list(flat.arrays))
+    shapes = flat.adapter.shapes(list(flat.arrays.values()))
+    leaves, names = _read_leaves(flat, shapes, layout)
+    stated = set(flat.lengths) | ({length} if length is not None else set())
+    rows: list[tuple[str, int, int]] = []  # of leaves that may have room for more than the state has
+    windows: list[tuple[str, int]] = []
+    for (name, (_, role, _, frozen, _)), shape in zip(leaves.items(), shapes, strict=True):
+        if isinstance(role, WINDOW):
+            windows.append((name, shape[role.axis]))
+        elif isinstance(role, TOKENS) and frozen and role.stride == 1:  # exactly the rows that count
+            stated.add(shape[role.axis])
+        elif isinstance(role, TOKENS):
+            rows.append((name, shape[role.axis], role.stride))
+    if len(stated) > 1:
+        msg = f"{type(native).__qualname__} states lengths {sorted(stated)}; pass the state whole, and its own length"
+        raise LengthMismatchError(msg)
+    length = next(iter(stated), None)
+    if length is None and windows:
+        length = read_length(leaves, flat.adapter, None)
+    for name, count in windows:  # these are the last rows, or the first where there is room for more
         leaves[name] = leaves[name]._replace(first=max((length or 0) - count, 0))
     if length is not None:
-        check_room(known.rows, length)
-    elif all(leaf.role is SNAPSHOT for leaf in leaves.values()):
+        check_room(rows, length)
+    elif all(leaf.role in {SNAPSHOT, KEEP} for leaf in leaves.values()):
         length = 0
-    node = _rename(flat.node, known.names) if layout is not None else flat.node
-    return KVState(leaves, node, chosen, length=length, ownership=Ownership.BORROWED, layout=layout)
+    keeps = {name for name, leaf in leaves.items() if leaf.role is KEEP}
+    node = flat.node if layout is None and not keeps else _rename(flat.node, names, keeps)
+    return Rows(leaves, node, flat.adapter, length or 0, layout=layout), length
 
 
-class _Known(NamedTuple):
-    """What containers and layout say of the leaves of a value.
-
-    Attributes:
-        leaves: By canonical name.
-        names: Canonical name by path, where a layout gave it.
-        rows: Name, rows and stride of each `TOKENS` leaf that may have room for more than the state has.
-        windows: Name and rows of each `WINDOW` leaf.
-        stated: Every length in tokens that something states.
-    """
-
-    leaves: dict[str, Leaf]
-    names: dict[str, str]
-    rows: list[tuple[str, int, int]]
-    windows: list[tuple[str, int]]
-    stated: set[int]
-
-
-def _read_leaves(flat: Flat, layout: KVLayout | None) -> _Known:
-    known = _Known({}, {}, [], [], set(flat.lengths))
-    leaves, names, rows, windows, stated = known
-    shapes = flat.adapter.check_all(list(flat.arrays.values()))
+def _read_leaves(
+    flat: Flat, shapes: Sequence[tuple[int, ...]], layout: KVLayout | None
+) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """The leaves by canonical name, and that name by path."""
+    leaves: dict[str, Leaf] = {}
+    names: dict[str, str] = {}
     for (path, array), shape in zip(flat.arrays.items(), shapes, strict=True):
         name, hint = path, flat.hints.get(path)
         if hint is None:
-            if layout is None:
-                leaves[path] = _leaf((array, *_unknown(len(shape)), 0))
-                continue
-            name, hint = layout.describe(path, len(shape))
-            names[path] = name
-        role, axes, frozen = hint
-        if type(role) is TOKENS:
-            axis, stride = role.axis, role.stride
-            if frozen and stride == 1:  # exactly the rows that count
-                stated.add(shape[axis] * stride)
-            else:
-                rows.append((name, shape[axis], stride))
-        elif type(role) is WINDOW:
-            windows.append((name, shape[role.axis]))
-        leaves[name] = _leaf((array, role, axes, frozen, 0))
-    if len(leaves) < len(flat.arrays):
-        again = next(name for path, name in names.items() if list(names.values()).count(name) > 1 or name in flat.hints)
-        msg = f"the layout maps two leaves to {again!r}; give each a name of its own"
-        raise StructureMismatchError(msg)
-    return known
-
-
-def _agreed(stated: set[int], kind: str) -> int | None:
-    if len(stated) > 1:
-        msg = f"{kind} states several lengths in tokens: {sorted(stated)}; pass the state whole, and its own length"
-        raise LengthMismatchError(msg)
-    return next(iter(stated), None)
-
-
-_leaf = functools.partial(tuple.__new__, Leaf)  # takes all five fields, at a third of the time of Leaf(...)
+            name, hint = layout.describe(path, len(shape)) if layout is not None else (path, _unknown(len(shape)))
+        if name in leaves:
+            msg = f"the layout maps two leaves to {name!r}; give each a name of its own"
+            raise StructureMismatchError(msg)
+        names[path] = name
+        leaves[name] = Leaf(array, *hint)
+    return leaves, names
 
 
 @functools.cache
@@ -139,7 +118,8 @@ def _unknown(ndim: int) -> Hint:
     return Hint(SNAPSHOT, axis_names(ndim))
 
 
-def _rename(node: Node, names: Mapping[str, str]) -> Node:
+def _rename(node: Node, names: Mapping[str, str], keeps: Collection[str]) -> Node:
     if node.kind == "leaf":
-        return node._replace(data=names.get(node.data, node.data))
-    return node._replace(children=tuple(_rename(child, names) for child in node.children))
+        name = names.get(node.data, node.data)  # a container may have room for it only
+        return node._replace(kind="keep" if name in keeps else "leaf", data=name)
+    return node._replace(children=tuple(_rename(child, names, keeps) for child in node.children))

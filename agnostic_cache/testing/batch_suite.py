@@ -113,6 +113,23 @@ class BatchSuite(Subject):
             assert self.grid(stacked.leaves[name].array) == self.grid(state.leaves[name].array)
         assert stacked.leaves["ring"].first == 3
 
+    def test_every_row_of_a_window_that_all_have_is_stacked(self) -> None:
+        layout = KVLayout({"w": WINDOW(1, 3)})
+        values = [self.make((1, 8, 2), Dtype.FLOAT32, seed) for seed in range(2)]
+        stacked = KVState.stack([wrap({"w": value}, layout=layout, length=8) for value in values])  # all recorded
+        assert self.grid(stacked.leaves["w"].array) == concat([self.grid(value) for value in values], 0)
+        assert stacked.leaves["w"].first == 0
+
+    def test_of_a_window_that_is_not_full_padding_makes_up_the_rest(self) -> None:
+        layout = KVLayout({"w": WINDOW(1, 4)})
+        values = {rows: self.make((1, rows, 2), Dtype.FLOAT32, rows) for rows in (2, 3)}
+        states = [wrap({"w": value}, layout=layout, length=rows) for rows, value in values.items()]
+        stacked = KVState.stack(states, length=5)
+        grid = self.grid(stacked.leaves["w"].array)
+        assert (grid.shape, stacked.leaves["w"].first) == ((2, 4, 2), 1)
+        for i, own in enumerate(map(self.grid, values.values())):
+            assert grid.take(0, i, i + 1).take(1, 4 - own.shape[1], 4) == own
+
     def _shapes(self, state: KVState) -> dict[str, tuple[int, ...]]:
         return {name: self.adapter.describe(leaf.array).shape for name, leaf in state.leaves.items()}
 

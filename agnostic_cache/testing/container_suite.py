@@ -22,7 +22,7 @@ from agnostic_cache.errors import (
     UnknownValueError,
 )
 from agnostic_cache.state.layout import KVLayout
-from agnostic_cache.state.wrapping import wrap
+from agnostic_cache.state.wrapping import adopt, wrap
 from agnostic_cache.testing.subject import KV, Subject
 
 
@@ -148,6 +148,8 @@ class ContainerSuite(Subject):
         for length in (-1, 6, 1000):
             with pytest.raises(LengthMismatchError):
                 wrap(self.kv(5), layout=KV, length=length)
+            with pytest.raises(LengthMismatchError):
+                adopt(self.kv(5), layout=KV, length=length)
         ragged = self.kv(5)
         ragged["layers"][1] = self.kv(4)["layers"][1]
         with pytest.raises(LengthMismatchError):

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from agnostic_cache.arrays.dtypes import Dtype
-from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW
+from agnostic_cache.arrays.roles import KEEP, LENGTH, SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.errors import CutRangeError, MissingLeavesError, StructureMismatchError
+from agnostic_cache.state.cutting import join_rows
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
+from agnostic_cache.state.rows import check_complete
 from agnostic_cache.state.wrapping import wrap
 from agnostic_cache.testing.subject import KV, Subject
 
@@ -83,6 +85,8 @@ class RowsSuite(Subject):
         joined = KVState.join(self.pieces(state, (4, 8)))
         assert (joined.length, self.grids(joined)) == (11, self.grids(state))
         assert [self.grid(part.leaves["sparse"].array).shape[0] for part in self.pieces(state, (4, 8))] == [1, 1, 0]
+        empty = state.cut(11, 11)  # behind a row that is not whole, and yet at a place where a state can end
+        assert (empty.length, self.grid(empty.leaves["sparse"].array).shape) == (0, (0, 3))
         for start, stop in ((0, 5), (3, 8), (2, 11)):
             with pytest.raises(CutRangeError):
                 state.cut(start, stop)
@@ -127,6 +131,19 @@ class RowsSuite(Subject):
             KVState.join([state.cut(0, 14), state.cut(0, 3), state.cut(17, 20)]).unwrap()
         assert self.grid(state.cut(0, 0).unwrap()["w"]).shape == (2, 0, 3)
 
+    def test_windows_that_do_not_adjoin_are_not_joined(self) -> None:
+        whole = self.make((6, 2), Dtype.FLOAT32, 0)
+        recorded = wrap({"w": whole}, layout=KVLayout({"w": WINDOW(0, 6)}), length=6)
+        head, tail = recorded.cut(0, 4).rows, recorded.cut(4, 6).rows
+        [(name, leaf)] = head.leaves.items()
+        for kept in (1, 2, 3):  # of tokens [0, 4), and nobody has the rows behind them
+            short = leaf._replace(array=self.adapter.cut_all([(leaf.array, 0, 0, kept)])[0])
+            joined = join_rows([head._replace(leaves={name: short}), tail])
+            assert (joined.length, joined.leaves[name].first) == (6, 4)
+            assert self.grid(joined.leaves[name].array) == self.grid(whole).take(0, 4, 6)
+            with pytest.raises(MissingLeavesError):
+                check_complete(joined)
+
     def test_a_window_of_a_short_state_holds_all_of_it(self) -> None:
         native = {"w": self.make((2, 8, 3), Dtype.FLOAT32, 0)}
         state = wrap(native, layout=KVLayout({"w": WINDOW(1, 8)}), length=5)  # three rows are yet to come
@@ -170,6 +187,58 @@ class RowsSuite(Subject):
             assert (self.adapter.counter(native["cache_index"]), native["end_index"]) == (length, length)
             assert self.adapter.describe(native["cache_index"]) == self.adapter.describe(counter)
             assert wrap(native, layout=layout).length == length
+
+    def test_what_is_kept_is_no_part_of_the_state(self) -> None:
+        layout = KVLayout({"k": TOKENS(1), "mask": KEEP}, axes={"mask": ("rows", "columns")})
+        native = {"k": self.make((2, 6, 3), Dtype.FLOAT32, 0), "mask": self.make((9, 9), Dtype.BOOL, 1)}
+        state = wrap(native, layout=layout)
+        assert (state.length, state.leaves["mask"].role) == (6, KEEP)
+        assert state.unwrap()["mask"] is native["mask"]
+        whole = self.grids(state)
+        assert self.grids(state.copy()) == self.grids(state.to("host").to(self.framework)) == whole
+        head, tail = state.cut(0, 4), state.cut(4, 6)
+        [row, other] = state.split_batch()
+        made = [head, tail, state.cut(0, 6), row]
+        made += [KVState.join([head, tail]), KVState.join([state]), KVState.join([state, tail])]
+        made += [KVState.stack([row, other]), KVState.stack([state, state])]
+        for part in made:
+            assert (list(part.leaves), part.missing) == (["k"], frozenset())
+            with pytest.raises(StructureMismatchError):  # nobody knows the mask of a cache of that length
+                part.unwrap()
+        assert self.grids(KVState.join([head, tail])) == {"k": whole["k"]}
+
+    def test_a_trimmed_state_stands_for_fewer_tokens(self) -> None:
+        layout = KVLayout({"k": TOKENS(0), "cache_index": LENGTH})
+        counter = self.adapter.with_counter(self.make((), Dtype.INT32, 0), 6)
+        native = {
+            "k": self.make((6, 2), Dtype.FLOAT32, 0),
+            "s": self.make((2, 2), Dtype.FLOAT32, 1),
+            "cache_index": counter,
+        }
+        state = wrap(native, layout=layout)
+        rows = self.grids(state)["k"]
+        trimmed = state.trimmed(4)
+        assert (trimmed.length, set(trimmed.missing)) == (4, {"s"})
+        assert trimmed.leaves["k"].array is native["k"]
+        assert self.adapter.counter(trimmed.leaves["cache_index"].array) == 4
+        assert self.grids(KVState.join([trimmed, state.cut(4, 6)])) == self.grids(state)
+        assert self.grids(trimmed.cut(1, 4))["k"] == rows.take(0, 1, 4)
+        assert list(state.trimmed(6).leaves) == list(state.leaves)
+        assert trimmed.release() == 0
+        for length in (-1, 7):
+            with pytest.raises(CutRangeError):
+                state.trimmed(length)
+
+    def test_leaves_of_a_role_are_left_out(self) -> None:
+        native = {"k": self.make((6, 2), Dtype.FLOAT32, 0), "s": self.make((2, 2), Dtype.FLOAT32, 1)}
+        state = wrap(native, layout=KVLayout({"k": TOKENS(0)}))
+        rows = state.without(SNAPSHOT)
+        assert (list(rows.leaves), set(rows.missing), rows.length) == (["k"], {"s"}, 6)
+        assert rows.leaves["k"].array is native["k"]
+        assert list(state.without(TOKENS(0)).leaves) == ["s"]
+        with pytest.raises(MissingLeavesError):
+            rows.unwrap()
+        assert list(state.leaves) == ["k", "s"]
 
     def test_any_sequence_of_cuts_and_joins_is_a_sequence_of_rows(self) -> None:
         layout = KVLayout({"t": TOKENS(1), "w": WINDOW(0, 3), "cache_index": LENGTH})

@@ -1,11 +1,12 @@
 """TemplateSuite: states written into buffers that the caller gives up, ``unwrap(like=...)``."""
 
+import itertools
 from typing import Any
 
 import pytest
 
 from agnostic_cache.arrays.dtypes import Dtype
-from agnostic_cache.arrays.roles import LENGTH, TOKENS, WINDOW, Role
+from agnostic_cache.arrays.roles import KEEP, LENGTH, TOKENS, WINDOW, Role
 from agnostic_cache.errors import MissingLeavesError, StructureMismatchError
 from agnostic_cache.state.kv_state import KVState
 from agnostic_cache.state.layout import KVLayout
@@ -84,6 +85,34 @@ class TemplateSuite(Subject):
         filled = state.unwrap(like=template, layout=layout)
         assert (self.adapter.counter(filled["cache_index"]), filled["end_index"]) == (5, 5)
         assert wrap(filled, layout=layout).length == 5
+
+    def test_what_is_kept_stays_the_templates_own(self) -> None:
+        layout = KVLayout({"k": TOKENS(0), "mask": KEEP})
+        state = wrap(
+            {"k": self.make((5, 2), Dtype.FLOAT32, 0), "mask": self.make((5, 5), Dtype.BOOL, 1)}, layout=layout
+        )
+        joined = KVState.join([state.cut(0, 2), state.cut(2, 5)])
+        for part, given in ((state, layout), (state, None), (joined, layout), (joined, None)):
+            template = {"k": self.make((8, 2), Dtype.FLOAT32, 2), "mask": self.make((8, 8), Dtype.BOOL, 3)}
+            mask, wanted = template["mask"], self.values(template["mask"])
+            filled = part.unwrap(like=template, layout=given)
+            assert filled["mask"] is mask
+            assert self.values(filled["mask"]) == wanted
+            assert self.grid(filled["k"]).take(0, 0, 5) == self.grids(state)["k"]
+
+    def test_adjacent_parts_fill_a_template_like_the_whole(self) -> None:
+        layout = KVLayout({"k": TOKENS(0), "w": WINDOW(0, 2)})
+        native = {name: self.make((6, 2), Dtype.FLOAT32, i) for i, name in enumerate(("k", "w", "s"))}
+        state = wrap(native, layout=layout)
+        wanted = self.grids(state)
+        for marks in ((), (3,), (0, 2, 5, 6)):
+            parts = [state.cut(start, stop) for start, stop in itertools.pairwise((0, *marks, 6))]
+            template = {name: self.make((6, 2), Dtype.FLOAT32, 9) for name in native}
+            filled = KVState.fill(parts, template, layout)
+            assert {name: self.grid(filled[name]) for name in ("k", "s")} == {name: wanted[name] for name in ("k", "s")}
+            assert self.grid(filled["w"]).take(0, 4, 6) == wanted["w"].take(0, 4, 6)
+        with pytest.raises(StructureMismatchError):  # nobody has the snapshot of that end
+            KVState.fill([state.cut(0, 3), state.cut(3, 5)], {name: native[name] for name in native}, layout)
 
     def test_one_buffer_under_two_names_becomes_two(self) -> None:
         state = wrap({"key": self.make((4, 2), Dtype.FLOAT32, 0), "value": self.make((4, 2), Dtype.FLOAT32, 1)})

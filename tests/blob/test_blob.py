@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from agnostic_cache import KVLayout, KVState, wrap
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.registry import adapter_named
 from agnostic_cache.blob.checksum import checksum
 from agnostic_cache.blob.safetensors import Part, Parts, parse_header
 from agnostic_cache.blob.state_blob import Blob, encode
 from agnostic_cache.errors import AgnosticCacheError, BlobError, ReleasedError, StructureMismatchError
-from agnostic_cache.state.layout import TOKENS, WINDOW
+from agnostic_cache.state.layout import KEEP, LENGTH, SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.testing import pattern
 
 LAYOUT = KVLayout({"layers.{i}.k": TOKENS(1), "short": TOKENS(0, stride=4), "window": WINDOW(0, 3)}, rotary="half")
@@ -59,6 +60,17 @@ def test_a_state_comes_back_as_it_was() -> None:
     assert list(blob.tokens() or ()) == list(range(8))
     assert (blob.length, blob.framework) == (8, "host")
     assert blob.state().unwrap()["cache_index"] == 8
+
+
+def test_every_role_comes_back_as_it_was() -> None:
+    roles = {"k": TOKENS(0, 2), "w": WINDOW(0, 3), "n": LENGTH, "mask": KEEP, "s": SNAPSHOT}
+    native = {name: array((3,), Dtype.UINT8, i) for i, name in enumerate(roles)}
+    native["n"] = adapter_named("host").with_counter(native["n"], 7)
+    kept = wrap(native, layout=KVLayout(roles), length=7)
+    back = Blob(bytes(encode(kept))).state()
+    assert {name: leaf.role for name, leaf in back.leaves.items()} == roles
+    assert said(back) == said(kept)
+    assert said(Blob(bytes(encode(kept.cut(2, 7)))).state()) == said(kept.cut(2, 7))
 
 
 def test_what_a_cut_left_behind_stays_missing() -> None:

@@ -11,13 +11,16 @@ from agnostic_cache.arrays.host_adapter import HostAdapter
 from agnostic_cache.arrays.registry import register_adapter, unregister_adapter
 from agnostic_cache.arrays.roles import axis_names
 from agnostic_cache.errors import LayoutUnknownError, StructureMismatchError
-from agnostic_cache.state.layout import LENGTH, SNAPSHOT, TOKENS, WINDOW
+from agnostic_cache.state.layout import KEEP, LENGTH, SNAPSHOT, TOKENS, WINDOW
 
 
 class Shapes(HostAdapter):
     """Takes what ``init_fn`` returns for the shapes of its leaves."""
 
     framework = "shapes"
+
+    def is_array(self, value: object) -> bool:  # noqa: ARG002 - other tests of this process have host arrays
+        return False
 
     def abstract_specs(self, init_fn: Callable[[int], object], length: int) -> Mapping[str, ArraySpec]:
         shapes = init_fn(length)
@@ -68,6 +71,18 @@ def test_names_are_mapped_with_their_layer_numbers() -> None:
         "layers.*.key",
         "else",
     ]
+
+
+def test_roles_of_the_same_numbers_differ() -> None:
+    assert TOKENS(1, 4) != WINDOW(1, 4)
+    assert len({TOKENS(1, 4), WINDOW(1, 4), TOKENS(1, 4), KEEP}) == 3
+    assert TOKENS(1) == TOKENS(axis=1, stride=1)
+    with pytest.raises(AttributeError):
+        TOKENS(1).axis = 2  # type: ignore[misc]
+
+
+def test_what_is_kept_is_declared() -> None:
+    assert roles(KVLayout({"mask": KEEP, "k": TOKENS(0)}), 2, "mask", "k", "rng") == [KEEP, TOKENS(0), SNAPSHOT]
 
 
 def test_an_axis_may_be_counted_from_the_end() -> None:

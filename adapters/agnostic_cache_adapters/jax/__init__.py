@@ -18,7 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Opened, Storage
+from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Storage
+from agnostic_cache.arrays.containers import Opened, unknown_kind
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import ALIGNMENT, HostArray
 from agnostic_cache.arrays.registry import adapter_named, offer_adapter
@@ -49,9 +50,6 @@ TUNIX = KVLayout(
 _SAMPLED = 1024  # elements of a parameter that its sample reads from a device
 _PYTREE = "jax.pytree"
 _WIDE = {"int64", "uint64", "float64", "complex128"}
-# At a third of the time of Storage(...) and ArraySpec(...).
-_storage = functools.partial(tuple.__new__, Storage)
-_spec = functools.partial(tuple.__new__, ArraySpec)
 _PACKED = {"int4", "uint4"}  # two elements to a byte, in memory of which NumPy sees an unpacked copy
 
 
@@ -76,7 +74,7 @@ class JaxAdapter(Adapter):
     def describe(self, array: jax.Array) -> ArraySpec:
         """See `Adapter.describe`. A tracer inside ``jit`` is an `UnsupportedArrayError`."""
         self._check(array)
-        return _spec((array.shape, self._dtype(array), self._device_name(array)))
+        return ArraySpec(array.shape, self._dtype(array), self._device_name(array))
 
     def storages(self, array: jax.Array) -> Sequence[Storage]:
         """Return the buffer of each addressable shard."""
@@ -139,8 +137,8 @@ class JaxAdapter(Adapter):
 
     # --- faster than the defaults ------------------------------------------------------------------------------------
 
-    def check_all(self, arrays: Sequence[jax.Array]) -> Sequence[tuple[int, ...]]:
-        """See `Adapter.check_all`."""
+    def shapes(self, arrays: Sequence[jax.Array]) -> Sequence[tuple[int, ...]]:
+        """See `Adapter.shapes`."""
         for array in arrays:
             self._check(array)
             self._dtype(array)
@@ -155,7 +153,7 @@ class JaxAdapter(Adapter):
                 found.update({storage.key: storage for storage in self.storages(array)})
             elif nbytes := _nbytes(array):
                 key = array.unsafe_buffer_pointer()
-                found[key] = _storage((key, nbytes, self._device_name(array)))
+                found[key] = Storage(key, nbytes, self._device_name(array))
         return list(found.values())
 
     def compact_nbytes(self, arrays: Sequence[jax.Array]) -> Mapping[str, int]:
@@ -270,16 +268,11 @@ class JaxAdapter(Adapter):
             children = {str(i): child for i, (_, child) in enumerate(paths)}
         return Opened(_PYTREE, children, type(value).__qualname__, native=treedef)
 
-    def close(self, kind: str, children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:
+    def close(self, kind: str, children: Mapping[str, Any], data: Any, length: int, native: Any) -> object:  # noqa: ARG002
         """Put a pytree node together."""
         if kind != _PYTREE or native is None:
-            return super().close(kind, children, data, length, native)
+            raise unknown_kind(self.framework, kind)
         return jax.tree_util.tree_unflatten(native, list(children.values()))
-
-    def take_apart(self, value: object) -> list[Any] | None:
-        """Return the children of any registered pytree node; it is not emptied, but its arrays will be deleted."""
-        opened = self.open(value)
-        return None if opened is None else list(opened.children.values())
 
     def known_layout(self, names: Sequence[str]) -> KVLayout | None:
         """Know google-tunix's caches by their names."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from agnostic_cache.errors import LayoutUnknownError
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache.state.layout import TOKENS, KVLayout
+from agnostic_cache.state.layout import TOKENS, KVLayout, known_layout
 from agnostic_cache.state.tree import Flat, flatten
 
 
@@ -74,7 +74,7 @@ def store(
 
 def _layout(flat: Flat, cache: PrefixCache, layout: KVLayout | None) -> KVLayout | None:
     """The layout to use; None where containers say all that one would."""
-    found = layout or cache.layout or flat.adapter.known_layout(list(flat.arrays))
+    found = layout or cache.layout or known_layout(flat.adapter, list(flat.arrays))
     if found is None and len(flat.hints) < len(flat.arrays):
         shown = ", ".join(list(flat.arrays)[:4])
         msg = f"nobody knows which axis of {shown} holds tokens; pass layout=KVLayout.infer(init_kv), or a KVLayout"
