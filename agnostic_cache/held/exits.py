@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from queue import Empty
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from agnostic_cache.errors import BusyError, ReleasedError
 from agnostic_cache.held.entry import Entry, Operation, total
@@ -38,24 +38,23 @@ class Exits:
         Raises:
             BaseExceptionGroup: Several errors: of what was left to do, of callbacks, and of `what`, in this order.
         """
-        operation = self.operation()
+        operation, done, raised = self.operation(), None, []
         try:
-            errors, raised = self.drain(), None
+            errors = self.drain()
             try:
                 done = what(operation)
             except BaseException as error:  # noqa: BLE001 - raised below
-                raised = error
+                raised.append(error)
             self.finish(operation)
-            errors += operation.errors
-            if raised is not None:
-                errors.append(raised)
-            operation.errors, raised = (), None
+            errors += [*operation.errors, *raised]
+            operation.errors = ()
+            raised.clear()
             raise_all(errors)
         except BaseException:
             if operation.is_open:
                 self.leave(operation)
             raise
-        return done
+        return cast("_T", done)
 
     def finish(self, operation: Operation) -> None:
         """End an operation. Idempotent. Adds what callbacks raise to its `errors`; to a finaliser it happens later."""
