@@ -94,10 +94,10 @@ class LFU(Policy):
         while ahead:
             place, at = heappop(ahead)
             node = place[2]
-            if at >= 0:
-                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
-                    heappush(ahead, (heap[child], child))
             if node.place is place:
                 yield node.key
             elif node.place:
                 heappush(ahead, (node.place, -1))
+            if at >= 0:
+                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                    heappush(ahead, (heap[child], child))
