@@ -378,7 +378,7 @@ class KVState:
 
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
-        self._gone, self._rows = reason, self._rows._replace(leaves={})
+        self._gone, self._rows = reason, Rows({}, *self._rows[1:])
 
     def is_queued(self, devices: Iterable[str]) -> bool:
         """Say whether computations on one of `devices` may still read the leaves after a borrow of them has ended."""
