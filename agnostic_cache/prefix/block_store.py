@@ -282,6 +282,8 @@ class BlockStore:
 
     def insert(self, prompt: Prompt, blocks: list[Block], state: KVState) -> int:
         """Copy in what is not here of the blocks planned for a prompt; return how many that were."""
+        with self._lock:
+            self._index.mend()
         first = self._index.get(blocks[0].key)
         if first is not None and not first.kind.joins(blocks[0].kind) and self.states.contains(first.key):
             if not self._refused:
@@ -349,7 +351,7 @@ class BlockStore:
         return True
 
     def _keep_ends(self, block: Block, start: int, rows: KVState, at: int, leases: list[Lease]) -> None:
-        """Take in the ends of pinned prompts that `block` begins with, which is at `start` of its prompt, `at` in `rows`."""
+        """Take in the ends of pinned prompts that `block` begins with: `start` in its prompt is `at` in `rows`."""
         for key, tokens, marks in self._ends.of(block.parent):
             end = Block(key, block.parent, tokens, (), block.kind, marks=marks, deadline=block.deadline)
             common = common_tokens(content_of(tokens, marks), content_of(block.tokens, block.marks))

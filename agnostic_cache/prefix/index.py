@@ -77,7 +77,7 @@ class Index:
     there are many (every prompt of a model may begin with the same token).
 
     Its owner holds a lock to change it. Reading is safe beside one writer. A change that is interrupted is made good by
-    the next one.
+    the next one, or by `mend`.
     """
 
     __slots__ = ("_blocks", "_children", "_torn")
@@ -106,15 +106,20 @@ class Index:
 
     def discard(self, key: bytes) -> None:
         """Forget a block, if it is there."""
-        if self._torn:
-            self._children = {}
-            for block in self._blocks.values():
-                self._list(block)
+        self.mend()
         self._torn = True
         block = self._blocks.pop(key, None)
         if block is not None:
             self._unlist(block)
         self._torn = False
+
+    def mend(self) -> None:
+        """Make good a change that was interrupted."""
+        if self._torn:
+            self._children = {}
+            for block in self._blocks.values():
+                self._list(block)
+            self._torn = False
 
     def _list(self, block: Block) -> None:
         runs, at, end = self._place(block.parent, _content(block))

@@ -36,7 +36,10 @@ class Claim:
         with suppress(RuntimeError):  # it had ended
             self.ended.release()
 
-    __del__ = end
+    def __del__(self) -> None:
+        """End, if it ever was one."""
+        if hasattr(self, "thread"):
+            self.end()
 
 
 class SingleFlight:

@@ -1,6 +1,5 @@
 """Ctrl-C at every line: an exception raised where a program would be interrupted, line by line."""
 
-import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -16,6 +15,8 @@ class Interrupt(BaseException):
 def interrupted_at(line: int, do: Callable[[], object]) -> bool:
     """Call `do`, and raise `Interrupt` before the n-th line of the package that it runs, the first being 1.
 
+    Lines of ``__del__`` itself do not count: Python swallows what is raised there.
+
     Returns:
         Whether it came so far. What it raised is gone, and with it all that its frames referred to.
     """
@@ -24,7 +25,7 @@ def interrupted_at(line: int, do: Callable[[], object]) -> bool:
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal seen
         if event == "call":
-            return trace if PACKAGE in frame.f_code.co_filename else None
+            return trace if PACKAGE in frame.f_code.co_filename and frame.f_code.co_name != "__del__" else None
         if event == "line":
             seen += 1
             if seen == line:
@@ -40,6 +41,4 @@ def interrupted_at(line: int, do: Callable[[], object]) -> bool:
         pass
     finally:
         sys.settrace(before)
-    if seen >= line:
-        gc.collect()
     return seen >= line
