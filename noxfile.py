@@ -35,7 +35,7 @@ THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 FRAMEWORKS = ("torch", "transformers", "jax", "flax")
 PACKAGES = {"agnostic_cache", "agnostic_cache_adapters"}
 # Packages of the core whose tests need the standard library alone, with the tests at the top.
-CORE = ("arrays", "blob", "eviction", "held", "prefix", "state", "storage", "wire")
+CORE = ("arrays", "blob", "eviction", "held", "prefix", "process", "state", "storage", "wire")
 # Modules that import what an extra brings: their doctests run in the sessions `storage`, `server` and `replay`.
 BEHIND_EXTRAS = (
     "agnostic_cache/cli/*",

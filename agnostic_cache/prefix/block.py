@@ -37,7 +37,7 @@ class Kind(NamedTuple):
             if leaf.role is SNAPSHOT:
                 snapshots.add(name)
                 continue
-            spec = state.spec(name)
+            spec = state.adapter.describe(leaf.array)
             shape = list(spec.shape)
             if isinstance(leaf.role, TOKENS | WINDOW):
                 shape[leaf.role.axis] = -1
@@ -121,9 +121,9 @@ class Block:
 def windows_of(state: KVState, start: int, stop: int) -> Windows:
     """Return what the block ``[start, stop)`` of `state` will have of each kind of window."""
     found: dict[int, int] = {}
-    for name, leaf in state.leaves.items():
+    for leaf in state.leaves.values():
         if isinstance(leaf.role, WINDOW):
-            there = min(leaf.first + state.spec(name).shape[leaf.role.axis], state.length) >= stop
+            there = min(leaf.first + state.adapter.describe(leaf.array).shape[leaf.role.axis], state.length) >= stop
             run = max(0, stop - max(start, leaf.first)) if there else 0
             found[leaf.role.width] = min(run, found.get(leaf.role.width, run))
     return tuple(sorted(found.items()))

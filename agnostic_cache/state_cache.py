@@ -1,0 +1,6 @@
+"""The path that `agnostic_cache.held.state_cache` had in 0.1."""
+
+import sys
+from importlib import import_module
+
+sys.modules[__name__] = import_module("agnostic_cache.held.state_cache")
