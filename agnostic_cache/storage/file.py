@@ -105,16 +105,20 @@ class FileStorage(StorageBackend):
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Make one for ``file:///path?max_bytes=100GiB&evictor=adaptive&compress=byteplanes%2Bzstd&sync=true``."""
+        """Make one for ``file:///path?max_bytes=100GiB&evictor=adaptive&compress=byteplanes%2Bzstd&sync=true``.
+
+        Without the third slash the path is relative to the working directory, as fsspec has it.
+        """
         parsed = StorageURL.parse(url)
-        if parsed.netloc not in {"", "localhost"} or not parsed.path.startswith("/") or "\x00" in parsed.path:
-            msg = f"file://{parsed.netloc}{parsed.path} names no directory of this machine; write file:///path"
+        path = parsed.path if parsed.netloc in {"", "localhost"} else f"{os.curdir}/{parsed.netloc}{parsed.path}"
+        if not parsed.path.startswith("/") or "\x00" in path or {"@", ":"} & set(parsed.netloc):
+            msg = f"file:{parsed.path} names no directory of this machine; write file:///path, or file://relative/path"
             raise StorageURLError(msg)
         max_bytes = parsed.text("max_bytes") or None
         policy, sync = parsed.text("evictor", "adaptive"), parsed.switch("sync", default=False)
         compress = parsed.text("compress").replace(" ", "+")  # in a query, a plus is a space
         parsed.check_used()
-        return cls(parsed.path, max_bytes, evictor=policy, compress=compress, sync=sync)
+        return cls(path, max_bytes, evictor=policy, compress=compress, sync=sync)
 
     # --- in -----------------------------------------------------------------------------------------------------------
 

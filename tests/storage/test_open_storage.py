@@ -192,13 +192,21 @@ def test_a_third_party_adds_a_scheme_by_entry_point(monkeypatch: pytest.MonkeyPa
     "url",
     [
         "", "memory", "/no/scheme", "memory://?max_bytes=1&max_bytes=2", "memory://?nonsense=1", "memory://?max_bytes",
-        "file://?max_bytes=1MiB", "file://other-machine/tmp", "file:relative", "file:///tmp/%00",
+        "file://?max_bytes=1MiB", "file://other-machine:80/tmp", "file://user@machine/tmp", "file:relative", "file:///tmp/%00",
         "file:///tmp/x?sync=perhaps", "file:///tmp/x?compress=rar", "http://[",
     ],
 )  # fmt: skip
 def test_a_url_that_cannot_be_understood(url: str) -> None:
     with pytest.raises(StorageURLError):
         open_storage(url)
+
+
+def test_a_file_url_of_two_slashes_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_storage("file://here/kv", strict=True) as storage:
+        storage.put("a", b"1")
+    with open_storage(f"file://{tmp_path}/here/kv", strict=True) as storage:
+        assert read(storage, "a") == b"1"
 
 
 def test_a_size_that_is_none() -> None:
