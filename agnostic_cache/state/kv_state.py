@@ -397,8 +397,8 @@ class KVState:
 
     def checksums(self) -> dict[str, int | None]:
         """Return a checksum per leaf, None where it was deleted or donated."""
-        deleted, checksum = self.adapter.is_deleted, self.adapter.checksum
-        return {n: None if deleted(leaf.array) else checksum(leaf.array) for n, leaf in self._alive().leaves.items()}
+        arrays, adapter = {name: leaf.array for name, leaf in self._alive().leaves.items()}, self.adapter
+        return {name: None if adapter.is_deleted(a) else adapter.checksum(a) for name, a in arrays.items()}
 
     def shared_nbytes(self) -> int:
         """Return the bytes of frozen leaves that forks keep alive too."""
@@ -431,8 +431,7 @@ class KVState:
             Size, and a function that says whether it still lives, for each storage that outlived this because a fork
             keeps it.
         """
-        deleted = self.adapter.is_deleted
-        arrays = [array for array in self._rows.arrays() if not deleted(array)]
+        arrays = [array for array in self._rows.arrays() if not self.adapter.is_deleted(array)]
         if keys is None:  # an array of no bytes has no storage: somebody else may hold it, and nothing is freed
             alone = [a for a, shape in zip(arrays, self.adapter.shapes(arrays), strict=True) if 0 not in shape]
         else:
