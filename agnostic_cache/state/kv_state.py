@@ -1,7 +1,7 @@
-"""KVState: named leaves, a structure and a length. The currency of the house.
+"""KVState: named leaves, a structure and a length.
 
-An adapter wraps a native cache into one; a cache holds it; prefix reuse cuts and joins it; another framework unwraps
-it.
+An adapter wraps a native cache into one; a cache holds it; prefix caching cuts and joins it; another framework unwraps
+it. It is `Rows`, which are plain data, with an owner and a life.
 
 Who owns the memory is part of a state, because that is what hand-made reuse gets wrong:
 
@@ -310,9 +310,8 @@ class KVState:
             return KVState.fill([self], like, layout)
         if self._ownership is Ownership.SHARED and self.adapter.mutable:
             return self.fork().unwrap()
-        arrays = {name: leaf.array for name, leaf in rows.leaves.items()}
         # Where no container or counter has stated a length, none needs one: it is not read from the device for this.
-        native = build(rows.node, arrays, rows.length, rows.adapter)
+        native = build(rows.node, {n: leaf.array for n, leaf in rows.leaves.items()}, rows.length, rows.adapter)
         self._ownership = Ownership.BORROWED
         return native
 
