@@ -1,7 +1,7 @@
-"""KVState: named leaves, a structure and a length. The currency of the house.
+"""KVState: named leaves, a structure and a length.
 
-An adapter wraps a native cache into one; a cache holds it; prefix reuse cuts and joins it; another framework unwraps
-it.
+An adapter wraps a native cache into one; a cache holds it; prefix caching cuts and joins it; another framework unwraps
+it. It is `Rows`, which are plain data, with an owner and a life.
 
 Who owns the memory is part of a state, because that is what hand-made reuse gets wrong:
 
@@ -310,9 +310,8 @@ class KVState:
             return KVState.fill([self], like, layout)
         if self._ownership is Ownership.SHARED and self.adapter.mutable:
             return self.fork().unwrap()
-        arrays = {name: leaf.array for name, leaf in rows.leaves.items()}
         # Where no container or counter has stated a length, none needs one: it is not read from the device for this.
-        native = build(rows.node, arrays, rows.length, rows.adapter)
+        native = build(rows.node, {n: leaf.array for n, leaf in rows.leaves.items()}, rows.length, rows.adapter)
         self._ownership = Ownership.BORROWED
         return native
 
@@ -397,8 +396,8 @@ class KVState:
 
     def checksums(self) -> dict[str, int | None]:
         """Return a checksum per leaf, None where it was deleted or donated."""
-        deleted, checksum = self.adapter.is_deleted, self.adapter.checksum
-        return {n: None if deleted(leaf.array) else checksum(leaf.array) for n, leaf in self._alive().leaves.items()}
+        arrays, adapter = {name: leaf.array for name, leaf in self._alive().leaves.items()}, self.adapter
+        return {name: None if adapter.is_deleted(a) else adapter.checksum(a) for name, a in arrays.items()}
 
     def shared_nbytes(self) -> int:
         """Return the bytes of frozen leaves that forks keep alive too."""
@@ -431,8 +430,7 @@ class KVState:
             Size, and a function that says whether it still lives, for each storage that outlived this because a fork
             keeps it.
         """
-        deleted = self.adapter.is_deleted
-        arrays = [array for array in self._rows.arrays() if not deleted(array)]
+        arrays = [array for array in self._rows.arrays() if not self.adapter.is_deleted(array)]
         if keys is None:  # an array of no bytes has no storage: somebody else may hold it, and nothing is freed
             alone = [a for a, shape in zip(arrays, self.adapter.shapes(arrays), strict=True) if 0 not in shape]
         else:

@@ -58,7 +58,8 @@ def test_an_adapter_of_arrays_alone_has_no_capability() -> None:
         SupportsContainers, SupportsEmptying, SupportsTemplates, SupportsDLPack, SupportsModels, SupportsStreams,
     )  # fmt: skip
     assert not any(isinstance(adapter, capability) for capability in every)
-    assert adapter.containers is adapter.streams is None
+    assert adapter.containers is None
+    assert adapter.streams is None
     state = wrap({"a": array()})
     state.mark_read()
     assert not state.is_queued(["host"])

@@ -74,7 +74,6 @@ def test_names_are_mapped_with_their_layer_numbers() -> None:
 
 
 def test_roles_of_the_same_numbers_differ() -> None:
-    assert TOKENS(1, 4) != WINDOW(1, 4)
     assert len({TOKENS(1, 4), WINDOW(1, 4), TOKENS(1, 4), KEEP}) == 3
     assert TOKENS(1) == TOKENS(axis=1, stride=1)
     with pytest.raises(AttributeError):
