@@ -194,11 +194,11 @@ class StateCache(Cache):
             return None
 
         def fork(operation: Operation) -> Any | None:
-            for entry in self._holdings.run(self._holdings.lend, operation, (key,), True):  # noqa: FBT003
-                if entry.state is not None:
-                    forked = entry.state.fork()
-                    return forked if entry.as_state else forked.unwrap()
-            return None
+            entry = self._holdings.run(self._holdings.lend_one, operation, key)
+            if entry is None or entry.state is None:
+                return None
+            forked = entry.state.fork()
+            return forked if entry.as_state else forked.unwrap()
 
         return self._exits.do(fork)
 
