@@ -162,8 +162,7 @@ class Exits:
             outliving = [] if state is None else state.release_alone(keys)
         except ReleasedError:  # an interrupt came when it was free already
             outliving = []
-        if outliving:
-            self.holdings.run(self.holdings.orphans.extend, outliving)
+        self.holdings.forked.add_orphans(outliving)
         entry.state = entry.original = None
         if entry.handed:  # an interrupt came before the caller of `pop` had it
             entry.handed.clear()

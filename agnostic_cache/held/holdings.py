@@ -16,6 +16,7 @@ from agnostic_cache.errors import BorrowedError, BusyError
 from agnostic_cache.eviction.choose import choose
 from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.held.entry import Entry, Key, Operation, by_device
+from agnostic_cache.held.forked import Forked
 from agnostic_cache.held.history import replay
 from agnostic_cache.held.ledger import Ledger, LedgerRoom
 from agnostic_cache.held.pins import Pins
@@ -39,9 +40,8 @@ class Holdings:
         run: See `Lock.run`.
         lock: The lock. Guards all but `later`.
         later: What finalisers asked for: functions and an argument for each.
-        forked: Entries whose arrays may live on in what borrowers made of them.
+        forked: What forks keep alive. Needs no lock.
         pins: Which keys are pinned.
-        orphans: Memory of evicted entries that forks keep: bytes, and a function that says whether it is alive.
         hits, misses, puts, refused, evictions: As in `StateCacheStats`.
     """
 
@@ -73,8 +73,7 @@ class Holdings:
         self.run = self.lock.run
         self.later: SimpleQueue[tuple[Callable[[Any], object], Any]] = SimpleQueue()
         self.entries: dict[Key, Entry] = {}
-        self.forked: dict[Entry, None] = {}
-        self.orphans: list[tuple[int, Callable[[], bool]]] = []
+        self.forked = Forked()
         self.hits = self.misses = self.puts = self.refused = self.evictions = 0
         self.pins = Pins(self._limits, self.entries, self._clock)
         self._open: dict[int, Operation] = {}
@@ -114,10 +113,8 @@ class Holdings:
         if old is not None and not old.borrows:
             room.leave(old)
         self._dirty = _POLICY
-        victims = choose(
-            self._policy, self.entries, room,
-            newcomer=key, nbytes=nbytes, cost=cost, expired=self._policy.expired(),
-        )  # fmt: skip
+        expired = self._policy.expired()
+        victims = choose(self._policy, self.entries, room, newcomer=key, nbytes=nbytes, cost=cost, expired=expired)
         if victims is None:
             self._dirty = 0
             self.refused += 1
@@ -182,7 +179,7 @@ class Holdings:
         for entry in lent:
             entry.borrows += 1
             if entry.may_fork:
-                self.forked[entry] = None
+                self.forked.entries[entry] = None
         if use:
             used = self._policy.used
             for entry in reversed(lent):
@@ -203,7 +200,7 @@ class Holdings:
         operation.lent = (entry,)
         entry.borrows += 1
         if entry.may_fork:
-            self.forked[entry] = None
+            self.forked.entries[entry] = None
         self._tick = entry.tick = self._tick + 1
         self._policy.used(key)
         self.hits += 1
@@ -362,11 +359,6 @@ class Holdings:
         """Bytes that only entries hold which left and are not given back yet. For `look`. Linear in these entries."""
         return self._ledger.nbytes_of(self._unlisted)
 
-    def orphan_nbytes(self) -> int:
-        """Bytes of evicted entries that forks keep alive. For `look`."""
-        self.orphans = [(nbytes, is_alive) for nbytes, is_alive in self.orphans if is_alive()]
-        return sum(nbytes for nbytes, _ in self.orphans)
-
     def lent(self) -> list[Entry]:
         """Return the entries of all open leases. Takes no lock."""
         return [entry for operation in list(self._open.values()) for entry in operation.lent]
@@ -407,7 +399,7 @@ class Holdings:
 
     def _leave(self, entry: Entry, ledger: Ledger, *, hands_out: bool) -> None:
         """Move the bytes that only this entry holds from those that are held to those that are being freed."""
-        self.forked.pop(entry, None)
+        self.forked.entries.pop(entry, None)
         alone = ledger.drop(entry.storages)
         if hands_out and len(alone) < len(entry.storages):
             ledger.add(entry.storages)  # until what others hold too is copied: see `copied`

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.cache import Cache
-from agnostic_cache.errors import CacheCopyError, ReleasedError
+from agnostic_cache.errors import CacheCopyError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
 from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.eviction.registry import make_policy
@@ -334,28 +334,15 @@ class StateCache(Cache):
         """Return what the cache holds and did. Takes as long as there are entries lent, or read by `get` of forks."""
         raise_all(self._exits.drain())
         held = self._holdings
-        entries, current, deferred, orphans, counts = held.look(
+        entries, current, deferred, counts = held.look(
             lambda: (
-                len(held.entries), held.nbytes(), held.deferred_nbytes(), held.orphan_nbytes(),
+                len(held.entries), held.nbytes(), held.deferred_nbytes(),
                 (held.hits, held.misses, held.puts, held.refused, held.evictions),
             )
         )  # fmt: skip
         borrowed = total(list({storage.key: storage for entry in held.lent() for storage in entry.storages}.values()))
-        shared = orphans + self._forked_nbytes()
+        shared = held.forked.nbytes()
         return StateCacheStats(entries, current, current - deferred, deferred, borrowed, shared, *counts)
-
-    def _forked_nbytes(self) -> int:
-        """Bytes that forks keep alive besides entries. Looks at arrays, so without the lock."""
-        shared, forked = 0, self._holdings.forked
-        for entry in list(forked):
-            try:
-                nbytes = entry.state.shared_nbytes() if entry.state is not None else 0
-            except ReleasedError:  # another thread frees it just now
-                nbytes = 0
-            shared += nbytes
-            if not nbytes and not entry.borrows:
-                forked.pop(entry, None)
-        return shared
 
     # --- process life ------------------------------------------------------------------------------------------------
 
