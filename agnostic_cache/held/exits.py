@@ -91,11 +91,10 @@ class Exits:
         if later.empty() or self.holdings.lock.is_mine():
             return errors
         for _ in range(later.qsize()):  # what is left again is for the next call
-            item = None
+            item: tuple[Callable[[Any], object], Any] | None = None
             try:
                 item = later.get_nowait()
-                do, what = item
-                do(what)
+                item[0](item[1])
             except Empty:  # another thread was faster
                 break
             except BaseException as error:  # noqa: BLE001 - raised when the call is done
@@ -108,7 +107,7 @@ class Exits:
 
     def evict(self, operation: Operation, key: object) -> None:
         """Free what left to make room for a newcomer under `key`, so that its bytes may be used."""
-        for entry in operation.leaving if self._trace is not None else ():
+        for entry in operation.leaving:
             if entry.key != key:
                 self._tell("evict", entry)
         self.free(operation)
@@ -117,11 +116,11 @@ class Exits:
 
     def free(self, operation: Operation) -> None:
         """Free what leaves by an operation, each entry once. One that raises keeps no other in memory."""
-        for entry in operation.leaving:
-            if not entry.is_freed:
-                self._attempt(operation, self._release if self._on_evict is None else self._hand_over, entry)
-                if self._trace is not None and entry.is_freed:
-                    self._tell("release", entry)
+        release = self._release if self._on_evict is None else self._hand_over
+        for entry in [entry for entry in operation.leaving if not entry.is_freed]:
+            self._attempt(operation, release, entry)
+            if entry.is_freed:
+                self._tell("release", entry)
 
     def _attempt(self, operation: Operation, do: Callable[..., object], *args: object) -> None:
         try:
@@ -163,8 +162,7 @@ class Exits:
             outliving = [] if state is None else state.release_alone(keys)
         except ReleasedError:  # an interrupt came when it was free already
             outliving = []
-        if outliving:
-            self.holdings.run(self.holdings.orphans.extend, outliving)
+        self.holdings.forked.add_orphans(outliving)
         entry.state = entry.original = None
         if entry.handed:  # an interrupt came before the caller of `pop` had it
             entry.handed.clear()

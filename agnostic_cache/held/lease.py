@@ -45,16 +45,14 @@ class Borrow:
             raise_all(exits.drain())
         self._operation = operation = exits.operation()
         try:
-            lent = holdings.run(holdings.lend, operation, (key,), True)  # noqa: FBT003
-            if not lent:
+            entry = holdings.run(holdings.lend_one, operation, key)
+            if entry is None or entry.state is None:
                 self._end(operation)
                 return None
-            state = lent[0].state
-            assert state is not None  # noqa: S101 - a lent entry is not freed
             if self._debug:
-                self._marks = state.checksums()
-            self._lent = lent_state = state.lend()
-            return lent_state if self._raw or lent[0].as_state else lent_state.unwrap()
+                self._marks = entry.state.checksums()
+            self._lent = lent = entry.state.lend()
+            return lent if self._raw or entry.as_state else lent.unwrap()
         except BusyError:  # a finaliser, in the middle of another call
             self._operation = None
             return None

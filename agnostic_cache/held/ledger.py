@@ -64,6 +64,14 @@ class Ledger:
         """Return how many hold a storage."""
         return self._held.get(key, 0)
 
+    def nbytes_of(self, entries: Iterable[Entry]) -> int:
+        """Return the bytes that only these holders hold."""
+        held: dict[Storage, int] = {}
+        for entry in entries:
+            for storage in entry.storages:
+                held[storage] = held.get(storage, 0) + 1
+        return sum(storage.nbytes for storage, count in held.items() if count == self.holders(storage.key))
+
     def excess(self, device: str | None) -> int:
         """Return the bytes above the limit of `device`; negative where there is room."""
         if device is None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from agnostic_cache.arrays.adapter import Adapter
 from agnostic_cache.cache import Cache
-from agnostic_cache.errors import CacheCopyError, ReleasedError
+from agnostic_cache.errors import CacheCopyError
 from agnostic_cache.eviction.evictor import BaseEvictor, PutStatus
 from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.eviction.registry import make_policy
@@ -194,11 +194,11 @@ class StateCache(Cache):
             return None
 
         def fork(operation: Operation) -> Any | None:
-            for entry in self._holdings.run(self._holdings.lend, operation, (key,), True):  # noqa: FBT003
-                if entry.state is not None:
-                    forked = entry.state.fork()
-                    return forked if entry.as_state else forked.unwrap()
-            return None
+            entry = self._holdings.run(self._holdings.lend_one, operation, key)
+            if entry is None or entry.state is None:
+                return None
+            forked = entry.state.fork()
+            return forked if entry.as_state else forked.unwrap()
 
         return self._exits.do(fork)
 
@@ -260,8 +260,8 @@ class StateCache(Cache):
         return self._remove([key], pins=False) > 0
 
     def clear(self) -> None:
-        """Do `remove` to every entry, pinned ones included, and end every pin."""
-        keys = list(self._holdings.entries)
+        """Do `remove` to every entry, the least recently used first, pinned ones included, and end every pin."""
+        keys = [key for key, _ in sorted(self._holdings.entries.items(), key=lambda item: item[1].tick)]
         if self._lock.is_mine():
             self._holdings.later.put((lambda keys: self._remove(keys, pins=True), keys))
         else:
@@ -334,28 +334,15 @@ class StateCache(Cache):
         """Return what the cache holds and did. Takes as long as there are entries lent, or read by `get` of forks."""
         raise_all(self._exits.drain())
         held = self._holdings
-        entries, current, deferred, orphans, counts = held.look(
+        entries, current, deferred, counts = held.look(
             lambda: (
-                len(held.entries), held.nbytes(), held.deferred_nbytes(), held.orphan_nbytes(),
+                len(held.entries), held.nbytes(), held.deferred_nbytes(),
                 (held.hits, held.misses, held.puts, held.refused, held.evictions),
             )
         )  # fmt: skip
         borrowed = total(list({storage.key: storage for entry in held.lent() for storage in entry.storages}.values()))
-        shared = orphans + self._forked_nbytes()
+        shared = held.forked.nbytes()
         return StateCacheStats(entries, current, current - deferred, deferred, borrowed, shared, *counts)
-
-    def _forked_nbytes(self) -> int:
-        """Bytes that forks keep alive besides entries. Looks at arrays, so without the lock."""
-        shared, forked = 0, self._holdings.forked
-        for entry in list(forked):
-            try:
-                nbytes = entry.state.shared_nbytes() if entry.state is not None else 0
-            except ReleasedError:  # another thread frees it just now
-                nbytes = 0
-            shared += nbytes
-            if not nbytes and not entry.borrows:
-                forked.pop(entry, None)
-        return shared
 
     # --- process life ------------------------------------------------------------------------------------------------
 
