@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from queue import Empty
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from agnostic_cache.errors import BusyError, ReleasedError
 from agnostic_cache.held.entry import Entry, Operation, total
@@ -38,24 +38,23 @@ class Exits:
         Raises:
             BaseExceptionGroup: Several errors: of what was left to do, of callbacks, and of `what`, in this order.
         """
-        operation = self.operation()
+        operation, done, raised = self.operation(), None, []
         try:
-            errors, raised = self.drain(), None
+            errors = self.drain()
             try:
                 done = what(operation)
             except BaseException as error:  # noqa: BLE001 - raised below
-                raised = error
+                raised.append(error)
             self.finish(operation)
-            errors += operation.errors
-            if raised is not None:
-                errors.append(raised)
-            operation.errors, raised = (), None
+            errors += [*operation.errors, *raised]
+            operation.errors = ()
+            raised.clear()
             raise_all(errors)
         except BaseException:
             if operation.is_open:
                 self.leave(operation)
             raise
-        return done
+        return cast("_T", done)
 
     def finish(self, operation: Operation) -> None:
         """End an operation. Idempotent. Adds what callbacks raise to its `errors`; to a finaliser it happens later."""
@@ -92,11 +91,10 @@ class Exits:
         if later.empty() or self.holdings.lock.is_mine():
             return errors
         for _ in range(later.qsize()):  # what is left again is for the next call
-            item = None
+            item: tuple[Callable[[Any], object], Any] | None = None
             try:
                 item = later.get_nowait()
-                do, what = item
-                do(what)
+                item[0](item[1])
             except Empty:  # another thread was faster
                 break
             except BaseException as error:  # noqa: BLE001 - raised when the call is done
@@ -109,7 +107,7 @@ class Exits:
 
     def evict(self, operation: Operation, key: object) -> None:
         """Free what left to make room for a newcomer under `key`, so that its bytes may be used."""
-        for entry in operation.leaving if self._trace is not None else ():
+        for entry in operation.leaving:
             if entry.key != key:
                 self._tell("evict", entry)
         self.free(operation)
@@ -118,11 +116,11 @@ class Exits:
 
     def free(self, operation: Operation) -> None:
         """Free what leaves by an operation, each entry once. One that raises keeps no other in memory."""
-        for entry in operation.leaving:
-            if not entry.is_freed:
-                self._attempt(operation, self._release if self._on_evict is None else self._hand_over, entry)
-                if self._trace is not None and entry.is_freed:
-                    self._tell("release", entry)
+        release = self._release if self._on_evict is None else self._hand_over
+        for entry in [entry for entry in operation.leaving if not entry.is_freed]:
+            self._attempt(operation, release, entry)
+            if entry.is_freed:
+                self._tell("release", entry)
 
     def _attempt(self, operation: Operation, do: Callable[..., object], *args: object) -> None:
         try:

@@ -8,16 +8,16 @@ lent, freed, or reserved. All else (bytes, open leases, the policy's order) is c
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 from agnostic_cache.arrays.adapter import Storage
-from agnostic_cache.errors import BorrowedError, BusyError, PinLimitError
+from agnostic_cache.errors import BorrowedError, BusyError
 from agnostic_cache.eviction.choose import choose
 from agnostic_cache.eviction.policy import Policy
 from agnostic_cache.held.entry import Entry, Key, Operation, by_device
 from agnostic_cache.held.ledger import Ledger, LedgerRoom
+from agnostic_cache.held.pins import Pins
 from agnostic_cache.process.forks import keep, watch
 from agnostic_cache.process.lock import Lock
 
@@ -39,6 +39,7 @@ class Holdings:
         lock: The lock. Guards all but `later`.
         later: What finalisers asked for: functions and an argument for each.
         forked: Entries whose arrays may live on in what borrowers made of them.
+        pins: Which keys are pinned.
         orphans: Memory of evicted entries that forks keep: bytes, and a function that says whether it is alive.
         hits, misses, puts, refused, evictions: As in `StateCacheStats`.
     """
@@ -74,8 +75,7 @@ class Holdings:
         self.forked: dict[Entry, None] = {}
         self.orphans: list[tuple[int, Callable[[], bool]]] = []
         self.hits = self.misses = self.puts = self.refused = self.evictions = 0
-        self._pins: dict[Key, tuple[float, ...]] = {}  # when each pin of a key ends
-        self._next_end = inf  # of a pin
+        self.pins = Pins(self._limits, self.entries, self._clock)
         self._open: dict[int, Operation] = {}
         self._tick = 0
         self.version = 0  # of the policy's keys: grows when one goes
@@ -108,8 +108,7 @@ class Holdings:
         nbytes = sum((sizes or by_device(storages)).values())
         self._end_pins()
         old = self.entries.get(key)
-        if key in self._pins:
-            self._check_kept(sizes, storages, old)
+        self.pins.check_newcomer(key, sizes, storages)
         room = LedgerRoom(self._ledger, self.entries, sizes, storages)
         if old is not None and not old.borrows:
             room.leave(old)
@@ -239,7 +238,7 @@ class Holdings:
         self._dirty = _COUNTS
         self._apply(operation, leaving, None)
         if pins:
-            self._pins, self._next_end = {}, inf
+            self.pins.clear()
         self._dirty = 0
         return len(leaving)
 
@@ -298,64 +297,26 @@ class Holdings:
         """
         self._mend()
         self._end_pins()
-        found = [self.entries[key] for key in dict.fromkeys(keys) if key in self.entries]
-        self._check_kept({}, [storage for entry in found if not entry.is_kept for storage in entry.storages], None)
+        self.pins.check_keys(dict.fromkeys(keys))
         self._dirty = _COUNTS
-        end = inf if ttl_seconds is None else self._clock() + ttl_seconds
-        self._pins |= {key: (*self._pins.get(key, ()), end) for key in keys}
-        self._next_end = min(self._next_end, end)
-        for entry in found:
-            self._keep(entry)
+        self.pins.add(keys, ttl_seconds)
         self._dirty = 0
-        return len(found)
+        return sum(key in self.entries for key in keys)
 
-    def unpin(self, keys: Iterable[Key]) -> int:
+    def unpin(self, keys: Sequence[Key]) -> int:
         """Take back one pin of each key, the one that would end last; return how many of them have entries."""
         self._mend()
         self._end_pins()
         self._dirty = _COUNTS
-        found = 0
-        for key in keys:
-            self._set_pins(key, sorted(self._pins.get(key, ()))[:-1])
-            found += key in self.entries
+        self.pins.take_back(keys)
         self._dirty = 0
-        return found
+        return sum(key in self.entries for key in keys)
 
     def _end_pins(self) -> None:
-        """End the pins whose time has come."""
-        if self._next_end == inf or self._next_end > (now := self._clock()):
-            return
-        before, self._dirty = self._dirty, _COUNTS
-        for key, ends in list(self._pins.items()):
-            self._set_pins(key, [end for end in ends if end > now])
-        self._next_end = min((end for ends in self._pins.values() for end in ends), default=inf)
-        self._dirty = before
-
-    def _set_pins(self, key: Key, ends: Sequence[float]) -> None:
-        if ends:
-            self._pins[key] = tuple(ends)
-            return
-        self._pins.pop(key, None)
-        entry = self.entries.get(key)
-        if entry is not None and entry.is_kept:
-            self._kept.drop(entry.storages)
-            entry.is_kept = False
-
-    def _keep(self, entry: Entry) -> None:
-        if not entry.is_kept:
-            self._kept.add(entry.storages)
-            entry.is_kept = True
-
-    def _check_kept(self, sizes: Mapping[str, int], storages: Sequence[Storage], old: Entry | None) -> None:
-        """Raise where entries that are to be pinned, instead of `old`, do not fit in half of the budget."""
-        unique = list({storage.key: storage for storage in storages}.values())
-        room = LedgerRoom(self._kept, self.entries, sizes, unique)
-        if old is not None and old.is_kept:
-            room.leave(old)
-        if room.short():
-            limits = {device: self._kept.limits[device] for device, nbytes in room.over.items() if nbytes > 0}
-            msg = f"pins may keep half of the budget, {limits} bytes; unpin something, or raise max_bytes"
-            raise PinLimitError(msg)
+        if self.pins.have_ended():
+            self._dirty = _COUNTS
+            self.pins.end()
+            self._dirty = 0
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -406,13 +367,10 @@ class Holdings:
             self._list(arriving)
             self.puts += 1
             self._ledger.add(arriving.storages)
-            if arriving.key in self._pins:
-                self._keep(arriving)
+            self.pins.came(arriving)
         for entry in leaving:
             self._unlist(entry)
-            if entry.is_kept:
-                self._kept.drop(entry.storages)
-                entry.is_kept = False
+            self.pins.left(entry)
             if entry.borrows:
                 self._unlisted[entry] = None
             else:
@@ -464,39 +422,32 @@ class Holdings:
 
     def _recount(self) -> None:
         """Finish what operations had begun, and count bytes, leases and pins anew."""
-        operations = self._open.values()
+        operations = [operation for operation in self._open.values() if operation.is_open]
         for operation in operations:
             for entry in operation.leaving:
                 self._unlist(entry)
             if operation.arriving is not None:
                 self._list(operation.arriving)
                 operation.arriving = None
-        listed = self.entries.values()
         lent = [entry for operation in operations for entry in operation.lent]
-        for entry in [*listed, *lent, *(entry for operation in operations for entry in operation.leaving)]:
+        for entry in [*self.entries.values(), *lent, *(entry for each in operations for entry in each.leaving)]:
             entry.borrows = 0
         for entry in lent:
             entry.borrows += 1
         self._unlisted = {entry: None for entry in lent if self.entries.get(entry.key) is not entry}
-        ledger, kept = Ledger(self._limits), Ledger({device: limit // 2 for device, limit in self._limits.items()})
-        for entry in [*listed, *self._unlisted]:
-            ledger.add(entry.storages)
-            entry.is_kept = False
-        for key in self._pins.keys() & self.entries.keys():
-            self.entries[key].is_kept = True
-            kept.add(self.entries[key].storages)
         for operation in operations:
             operation.leaving = [entry for entry in operation.leaving if not entry.borrows]
-            ledger.reserve(operation.reserved)
-            for entry in operation.leaving:
-                if entry.alone is None:
-                    ledger.add(entry.storages)
+        leaving = [(entry, operation.hands_out) for operation in operations for entry in operation.leaving]
+        ledger = Ledger(self._limits)
+        for entry in [*self.entries.values(), *self._unlisted, *(entry for entry, _ in leaving if entry.alone is None)]:
+            ledger.add(entry.storages)
+        for entry, hands_out in leaving:
+            if entry.alone is None:
+                self._leave(entry, ledger, hands_out=hands_out)
+            else:
+                ledger.reserve(by_device(entry.alone))
         for operation in operations:
-            for entry in operation.leaving:
-                if entry.alone is None:
-                    self._leave(entry, ledger, hands_out=operation.hands_out)
-                else:
-                    ledger.reserve(by_device(entry.alone))
-        self._ledger, self._kept = ledger, kept
-        self._open = {id(operation): operation for operation in operations if operation.is_open}
+            ledger.reserve(operation.reserved)
+        self.pins.recount()
+        self._ledger, self._open = ledger, {id(operation): operation for operation in operations}
         self._dirty = _POLICY

@@ -260,8 +260,8 @@ class StateCache(Cache):
         return self._remove([key], pins=False) > 0
 
     def clear(self) -> None:
-        """Do `remove` to every entry, pinned ones included, and end every pin."""
-        keys = list(self._holdings.entries)
+        """Do `remove` to every entry, the least recently used first, pinned ones included, and end every pin."""
+        keys = [key for key, _ in sorted(self._holdings.entries.items(), key=lambda item: item[1].tick)]
         if self._lock.is_mine():
             self._holdings.later.put((lambda keys: self._remove(keys, pins=True), keys))
         else:

@@ -1,5 +1,6 @@
 """StateCache: what goes in, what comes out, and whose it is. In host memory, without a framework."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from agnostic_cache.errors import (
     BorrowedError,
     InvalidKeyError,
     InvalidSizeError,
+    LeaseUsedError,
     ReleasedError,
     UnknownPolicyError,
     UnknownValueError,
@@ -258,3 +260,64 @@ def test_a_value_that_cannot_be_kept_changes_nothing(memory: HostMemory, value: 
         cache.put("a", value, move=move)
     assert cache.stats() == before
     check(cache, memory)
+
+
+def test_a_borrow_that_is_open_is_not_entered_again(memory: HostMemory) -> None:
+    cache = memory.cache("a")
+    lease = cache.borrow("a")
+    with lease:
+        with pytest.raises(LeaseUsedError), lease:
+            pytest.fail("entered twice")
+        assert cache.stats().borrowed_bytes == 64
+        with pytest.raises(BorrowedError):
+            cache.pop("a")
+    assert cache.stats().borrowed_bytes == 0
+    with lease as again:  # it is closed
+        assert letter(again) == "a"
+    assert letter(cache.pop("a")) == "a"
+
+
+@pytest.mark.parametrize("how", ["borrow", "borrow raw", "borrow all", "get", "never closed"])
+def test_each_kind_of_borrow_says_at_its_end_what_was_read(how: str) -> None:
+    class Queued(HostMemory):
+        marks = 0
+
+        def is_queued(self, device: str) -> bool:  # noqa: ARG002
+            return True
+
+        def mark_read(self, arrays: Sequence[HostArray]) -> None:
+            self.marks += len(arrays)
+
+    memory = Queued()
+    cache = memory.cache("ab")
+    if how.startswith("borrow") and how != "borrow all":
+        with cache.borrow("a", raw="raw" in how):
+            assert memory.marks == 0
+    elif how == "get":
+        cache.get("a")
+    else:
+        lease = cache.borrow_all(["a"])
+        lease.states()
+        assert memory.marks == 0
+        if how == "borrow all":
+            lease.close()
+        del lease
+        cache.current_size()
+    assert memory.marks == 1
+
+
+def test_a_mark_that_fails_keeps_no_lease_open() -> None:
+    class Failing(HostMemory):
+        def is_queued(self, device: str) -> bool:  # noqa: ARG002
+            return True
+
+        def mark_read(self, arrays: Sequence[HostArray]) -> None:  # noqa: ARG002
+            raise ZeroDivisionError
+
+    cache = Failing().cache("a")
+    with pytest.raises(ZeroDivisionError), cache.borrow("a"):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        cache.get("a")
+    assert cache.stats().borrowed_bytes == 0
+    assert cache.pop("a") is not None

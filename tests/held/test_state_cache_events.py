@@ -280,6 +280,27 @@ def test_shared_bytes_of_what_was_evicted_are_the_forks() -> None:
     check(cache, memory)
 
 
+def test_stats_look_at_no_entry_but_those_that_forks_may_keep() -> None:
+    class Counting(Forking):
+        looks = 0
+
+        def held_elsewhere(self, arrays: list[HostArray]) -> list[HostArray]:
+            self.looks += 1
+            return super().held_elsewhere(arrays)
+
+    memory = Counting()
+    cache = StateCache(4096, adapter=memory)
+    for i in range(20):
+        cache.put(i, Growing(memory.array(64)))
+        cache.put(f"plain {i}", memory.state(64))
+    cache.get("plain 0")
+    assert (cache.stats().entries, memory.looks) == (40, 0)
+    cache.get(3)
+    for _ in range(2):  # the second time it is known that there is no fork any more
+        cache.stats()
+        assert memory.looks == 1
+
+
 def test_trace_tells_of_puts_evictions_and_releases(memory: HostMemory) -> None:
     def trace(event: str, facts: Mapping[str, object]) -> None:
         events.append((event.removeprefix("state_cache."), facts["key"], facts["nbytes"]))
