@@ -202,7 +202,7 @@ class BlockStore:
 
     def _whole(self, prompt: Prompt, limit: int, chain: _Chain) -> None:
         """Add the blocks that are here and wholly within the first `limit` tokens."""
-        index, data, parent, size = self._index, prompt.data, prompt.root, self._block_size
+        index, data, parent, size, kind = self._index, prompt.data, prompt.root, self._block_size, None
         for begin in range(0, limit // size * size, size):
             tokens = data[begin * TOKEN_BYTES : (begin + size) * TOKEN_BYTES]
             marks = marks_in(prompt.marks, begin, begin + size) if prompt.marks else ()
@@ -214,7 +214,9 @@ class BlockStore:
                         self.mismatches += 1
                     self._drop(other)
                 break
-            if (block.deadline is not None and self._expired(block)) or not chain.takes(block.kind):
+            if block.deadline is not None and self._expired(block):
+                break
+            if block.kind is not kind and not chain.takes(kind := block.kind):
                 break
             parent = block.key
             chain.blocks.append(block)
