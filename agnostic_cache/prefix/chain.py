@@ -25,7 +25,7 @@ Marks = tuple[tuple[int, bytes], ...]
 _SIGNED, _UNSIGNED = "bhilqn", "BHILQN"
 
 
-def root_key(namespace: str, salt: bytes = b"", context: object = b"", *, salted: bool = True) -> bytes:
+def root_key(namespace: str, salt: bytes = b"", context: bytes = b"", *, salted: bool = True) -> bytes:
     """Return what the first block hangs on: the hash of everything but tokens that the whole state depends on.
 
     Each field goes in behind its length, so that no two ways to split the same bytes give one key.

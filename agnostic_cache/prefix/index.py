@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 from agnostic_cache.prefix.block import Block
-from agnostic_cache.prefix.chain import TOKEN_BYTES, Marks
+from agnostic_cache.prefix.chain import TOKEN_BYTES, Marks, next_key
 
 Content = tuple[bytes, ...]
 """Tokens, and between them the digest of each mark. Its order is that of the tokens, a mark before any of them."""
@@ -126,6 +126,7 @@ class Index:
         if not runs:
             self._children[block.parent] = [(block,)]
             return
+        block.parent = runs[0][0].parent  # one object for all
         run = runs[at]
         longer = (*run[:end], block, *run[end:])
         if len(longer) <= _RUN:
@@ -145,14 +146,14 @@ class Index:
             del self._children[block.parent]
 
     def child(self, parent: bytes, tokens: bytes, marks: Marks = ()) -> Block | None:
-        """Return the block after `parent` of exactly these tokens and marks, or None. Takes no hash."""
+        """Return the block after `parent` of exactly these tokens and marks, or None."""
         runs = self._children.get(parent)
         if runs is None:
             return None
-        if len(runs) == 1 and len(runs[0]) == 1:  # within a long prompt
+        if len(runs) == 1 and len(runs[0]) == 1:  # within a long prompt: hashes nothing
             only = runs[0][0]
-            return only if only.is_of(tokens, marks) else None
-        found, _ = self._around(parent, content_of(tokens, marks))
+            return only if only.tokens == tokens and only.marks == marks else None
+        found = self._blocks.get(next_key(parent, tokens, marks))
         return found if found is not None and found.is_of(tokens, marks) else None
 
     def best_child(self, parent: bytes, content: Content) -> tuple[Block | None, int]:

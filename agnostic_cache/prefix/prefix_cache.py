@@ -7,7 +7,6 @@ storage below it.
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from agnostic_cache.errors import CacheBypassWarning, CacheCopyError
@@ -322,15 +321,8 @@ class PrefixCache:
         """Keep a prompt from being evicted, until as many `unpin`, or `clear`; return how many tokens of it are here.
 
         The pin is the prompt's: it may come before the first insert, and holds when the prompt goes on. Nothing is
-        pinned that a longer prompt adds.
-
-        Args:
-            tokens: The prompt.
-            ttl_seconds: How long the pin holds; by default until it is taken back.
-            context: As in `match`.
-            salt: As in `match`.
-            salt_from: As in `match`.
-            extras: As in `match`.
+        pinned that a longer prompt adds. It holds for `ttl_seconds`, by default until it is taken back. The other
+        keywords are those of `match`.
 
         Raises:
             PinLimitError: Pinned prompts would fill more than half of the budget. This one is not pinned. `insert`
@@ -363,15 +355,8 @@ class PrefixCache:
         """Drop the blocks that lie wholly within a prompt, pinned or not; return how many tokens that were.
 
         Blocks that other prompts share are dropped too. A longer prompt's block that begins with the last tokens of
-        this one stays. What is borrowed is freed when it is given back.
-
-        Args:
-            tokens: The prompt.
-            context: As in `match`.
-            salt: As in `match`.
-            salt_from: As in `match`.
-            extras: As in `match`.
-            stored: Whether the storage drops them too. By default they stay there, and are found there.
+        this one stays. What is borrowed is freed when it is given back. Blocks in the storage stay and are found there,
+        unless ``stored=True``. The other keywords are those of `match`.
         """
         return self._blocks.remove(self._prompt(tokens, context, salt, salt_from, extras), below=stored)
 
@@ -399,9 +384,7 @@ class PrefixCache:
         """Close at the end of a ``with`` block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 

@@ -15,7 +15,7 @@ from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.arrays.registry import adapter_named
 from agnostic_cache.blob.checksum import checksum
 from agnostic_cache.blob.safetensors import Part, Parts, parse_header
-from agnostic_cache.blob.state_blob import Blob, encode
+from agnostic_cache.blob.state_blob import Blob, StoredState, encode
 from agnostic_cache.errors import AgnosticCacheError, BlobError, ReleasedError, StructureMismatchError
 from agnostic_cache.state.layout import KEEP, LENGTH, SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.testing import pattern
@@ -242,6 +242,9 @@ LIES = {
     "metadata is a list": lambda header: header.update(__metadata__=[]),
     "metadata is no text": about_file(state=3),
     "unknown format": about_file(format="99"),
+    "the format before": about_file(format="1"),
+    "a framework that is no name": about_state(framework=["torch"]),
+    "a fingerprint that is no name": about_state(fingerprint=7),
     "state is no JSON": about_file(state="{"),
     "state is deep": about_file(state="[" * 100_000),
     "structure is deep": about_file(structure='{"kind":"list","keys":[0],"children":[' * 5000),
@@ -272,6 +275,28 @@ def test_a_header_that_lies_is_an_error_without_allocation(change: Callable[[dic
     finally:
         tracemalloc.stop()
     assert peak < 40 * len(data) + 1_000_000
+
+
+@pytest.mark.parametrize("length", [9, 12, 2**40])
+def test_a_length_that_its_rows_do_not_have_is_refused(length: int) -> None:
+    blob = StoredState(rewritten(about_state(length=length)))
+    with pytest.raises(BlobError):
+        blob.state()
+
+
+@pytest.mark.parametrize("behind", [b"\x00", b"x" * 64])
+def test_something_behind_a_file_without_a_checksum_is_found(behind: bytes) -> None:
+    data = bytes(encode(state(), checksum=False))
+    with pytest.raises(BlobError):
+        StoredState(data + behind)
+    with pytest.raises(BlobError):
+        parse_header(memoryview(data + behind))
+
+
+def test_the_writer_of_a_blob_is_named() -> None:
+    assert StoredState(bytes(encode(state()))).fingerprint is None
+    assert StoredState(bytes(encode(state(), fingerprint="weights-host-1"))).fingerprint == "weights-host-1"
+    assert Blob is StoredState  # what it was called
 
 
 @pytest.mark.parametrize("claimed", [0, 1, 2**20, 2**31, 2**62, 2**63, 2**64 - 1])

@@ -113,6 +113,8 @@ def test_a_snapshot_at_a_boundary_comes_to_rows_that_are_there() -> None:
     cache = make("snapshot")
     cache.insert(DOCUMENT, state_of(DOCUMENT, "snapshot"))
     branch = [*DOCUMENT[:20], 1, 2, 3]
+    with cache.match(branch) as match:
+        assert (match.length, match.known) == (0, 16)  # a state stored there would serve both
     assert hit(cache, branch, "snapshot") == 0
     assert cache.insert(DOCUMENT[:16], state_of(DOCUMENT[:16], "snapshot")) == 0  # no rows, but a snapshot
     assert hit(cache, branch, "snapshot") == 16
