@@ -66,10 +66,11 @@ def test_forward_and_generate_fill_a_cache_of_that_name(made: str) -> None:
 @pytest.mark.parametrize("made", [mamba, falcon_mamba, mamba2])
 def test_a_recurrent_model_fills_a_cache_of_that_name(made: Callable[[], Any]) -> None:
     model = made().eval()
-    for call, name in ((model, release.forward_name(model)), (model.generate, release.generate_name(model))):
-        cache = DynamicCache(config=model.config)
-        call(IDS, **{name: cache, **({} if call is model else {"max_new_tokens": 1})})
-        assert all(layer.has_previous_state[0] for layer in cache.layers)
+    first, second = (DynamicCache(config=model.config) for _ in range(2))
+    model(IDS, **release.forward_argument(model, first))
+    model.generate(IDS, **release.generate_argument(model, second), max_new_tokens=1)
+    layers: list[Any] = [*first.layers, *second.layers]
+    assert all(layer.has_previous_state[0] for layer in layers)
 
 
 @pytest.mark.parametrize("made", [mamba, falcon_mamba, mamba2])
