@@ -48,9 +48,10 @@ class Kind(NamedTuple):
         """Say whether blocks of both can be joined: of one structure, or of two frameworks in one dtype."""
         if self is other or self[2:] == other[2:]:
             return True
-        return self.framework != other.framework and self._dtypes() == other._dtypes()
+        return self.framework != other.framework and self.dtypes() == other.dtypes()
 
-    def _dtypes(self) -> set[Any]:
+    def dtypes(self) -> set[Any]:
+        """Return the dtypes of what has rows."""
         return {dtype for dtype, _, role, _ in self.leaves.values() if isinstance(role, TOKENS | WINDOW)}
 
 

@@ -39,7 +39,8 @@ def root_key(namespace: str, salt: bytes = b"", context: bytes = b"", *, salted:
     Raises:
         InvalidNamespaceError: `salt` or `context` is no bytes.
     """
-    for name, value in (("salt", salt), ("context", context)):
+    given: dict[str, object] = {"salt": salt, "context": context}
+    for name, value in given.items():
         if not isinstance(value, bytes):
             msg = f"{name} of type {type(value).__qualname__}; pass bytes, of several parts fields(...)"
             raise InvalidNamespaceError(msg)
