@@ -1,4 +1,4 @@
-"""What each leaf of a state means, and under which canonical name and axes the house knows it.
+"""What each leaf of a state means, and which canonical name and axes it has in this package.
 
 A role says how a leaf behaves when a state is cut or joined along its tokens. A `KVLayout` says which role each leaf of
 one user's cache has. Roles are declared by an adapter that knows the structure, given by the user, or inferred from two
