@@ -13,7 +13,7 @@ class _Node:
 
     __slots__ = ("density", "key", "place", "uses")
 
-    place: "_Place | None"  # as used last, that in the heap may be older; None where the key is gone
+    place: "_Place | None"  # that in the heap may be older, and lower; None where the key is gone
 
     def __init__(self, key: Any) -> None:
         self.key = key
@@ -40,7 +40,7 @@ class LFU(Policy):
         self._age = 0.0  # priority of the last victim
         self._turns = count()
         self._nodes: dict[Any, _Node] = {}
-        self._heap: list[_Place] = []  # holds: one place per node, and some of keys that are gone
+        self._heap: list[_Place] = []  # holds: one place per node, and some of nodes that are gone
 
     def _worth(self, node: _Node) -> float:
         """Return what an entry is worth, before ageing."""
@@ -48,16 +48,16 @@ class LFU(Policy):
 
     def added(self, key: Any, nbytes: int, cost: float | None = None) -> None:
         """See `Policy.added`. Counts as a use, of an overwritten entry too."""
-        old = self._nodes.get(key)
-        node = old or _Node(key)
+        node, old = _Node(key), self._nodes.get(key)
+        if old is not None:  # its priority may be lower from now on: it gets a new place in the heap
+            node.uses, old.place = old.uses, None
         node.density = 1.0 if cost is None or not nbytes else cost / nbytes
-        place = self._use(node)
-        if old is None:
-            heappush(self._heap, place)
-            self._nodes[key] = node
+        self._nodes[key] = node
+        heappush(self._heap, self._use(node))
+        self._tidy()
 
     def used(self, key: Any) -> None:
-        """See `Policy.used`. Raises the key's priority; the heap learns of it when the old place comes up."""
+        """See `Policy.used`. Raises the priority, of which the heap learns when the old place comes up."""
         self._use(self._nodes[key])
 
     def _use(self, node: _Node) -> _Place:
@@ -71,8 +71,12 @@ class LFU(Policy):
         if node is None or node.place is None:
             return
         if evicted:
-            self._age = node.place[0]
+            self._age = max(self._age, node.place[0])
         node.place = None
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Have a place on top of the heap that holds, and few that do not."""
         heap = self._heap
         if len(heap) > 64 + 2 * len(self._nodes):
             heap[:] = [there.place for there in self._nodes.values() if there.place]
@@ -90,10 +94,10 @@ class LFU(Policy):
         while ahead:
             place, at = heappop(ahead)
             node = place[2]
-            if at >= 0:
-                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
-                    heappush(ahead, (heap[child], child))
             if node.place is place:
                 yield node.key
             elif node.place:
                 heappush(ahead, (node.place, -1))
+            if at >= 0:
+                for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                    heappush(ahead, (heap[child], child))

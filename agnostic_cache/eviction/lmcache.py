@@ -48,7 +48,7 @@ class BudgetEvictor(BaseEvictor):
     make_order: ClassVar[Callable[[], Policy]] = LRU
     by_dict: ClassVar[bool] = False
     """The dict is in the order of the policy, and stands for it: its owner may reorder it."""
-    reorders: ClassVar[bool] = False
+    reorders: bool = False
     """A use makes an entry the newest of the dict."""
     needs_keys: ClassVar[bool] = False
     """Puts must name their keys."""
@@ -288,7 +288,7 @@ class TTLEvictor(BudgetEvictor):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(policy=Limits(policy_of(inner), ttl_seconds=ttl_seconds, clock=clock))
-        self.inner = inner
+        self.inner, self.reorders = inner, getattr(inner, "reorders", False)
 
 
 class QuotaEvictor(BudgetEvictor):
@@ -313,7 +313,8 @@ class QuotaEvictor(BudgetEvictor):
     ) -> None:
         limits = Limits(policy_of(inner), namespace=namespace, quota=quota, quotas=quotas)
         super().__init__(policy=limits)
-        self.inner, self.quota_of, self.used_by = inner, limits.quota_of, limits.used_by
+        self.inner, self.reorders = inner, getattr(inner, "reorders", False)
+        self.quota_of, self.used_by = limits.quota_of, limits.used_by
 
 
 def policy_of(evictor: BaseEvictor | Policy) -> Policy:

@@ -215,6 +215,39 @@ def test_an_evictor_hits_what_its_policy_hits(name: str, seed: int) -> None:
         ours.added(key, 1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["lfu", "gdsf"])
+def test_the_order_is_that_of_priorities(name: str, seed: int) -> None:
+    """Also where an entry is overwritten by a cheaper one, and where a victim was passed over."""
+    source, policy, age = Random(seed), make_policy(name, 1000), 0.0
+    plain: dict[int, tuple[float, int]] = {}  # priority and time of last use
+    facts: dict[int, tuple[int, float]] = {}  # uses and cost per byte
+    for now in range(3000):
+        key, act = source.randrange(60), source.random()
+        if act < 0.3:
+            nbytes, cost = source.choice((0, 1, 10)), source.choice((None, 1.0, 50.0))
+            policy.added(key, nbytes, cost)
+            facts[key] = (facts.get(key, (0, 0))[0], 1.0 if cost is None or not nbytes else cost / nbytes)
+        elif key not in plain:
+            continue
+        elif act < 0.8:
+            policy.used(key)
+        else:
+            evicted = act < 0.95
+            victim = source.choice(sorted(plain, key=plain.__getitem__)[:3]) if evicted else key
+            policy.gone(victim, evicted=evicted)
+            priority, _ = plain.pop(victim)
+            del facts[victim]
+            age = max(age, priority) if evicted else age
+        if key in facts and act < 0.8:
+            uses, density = facts[key]
+            facts[key] = (uses + 1, density)
+            plain[key] = (age + (uses + 1) * (density if name == "gdsf" else 1), now)
+        if now % 10 == 0:
+            assert list(policy.order()) == sorted(plain, key=plain.__getitem__)
+    assert len(plain) > 10
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_expiry_entry_for_entry(seed: int) -> None:
     now, put_at = 0.0, dict[int, float]()
