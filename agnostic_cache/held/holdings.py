@@ -151,12 +151,9 @@ class Holdings:
     # --- out ---------------------------------------------------------------------------------------------------------
 
     def lend(self, operation: Operation, keys: Sequence[Key], use: bool) -> Sequence[Entry]:  # noqa: FBT001
-        """Lend what is under the first keys, up to the first that is not there. The last of them becomes newer first.
+        """Lend to an operation what is under the first keys, up to the first that is not there.
 
-        Args:
-            operation: Whose `lent` is returned.
-            keys: The keys.
-            use: Whether this counts as a use.
+        With `use`, this counts as a use: the last of them becomes newer first.
         """
         if self._dirty:
             self._mend()
