@@ -48,13 +48,7 @@ class Holdings:
     def __init__(
         self, limits: Mapping[str | None, int], policy: Policy, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Hold nothing.
-
-        Args:
-            limits: Bytes per device name, or under None for all devices together.
-            policy: Says who leaves first; serves nobody else.
-            clock: Seconds, for pins that end by themselves.
-        """
+        """Hold nothing, within bytes per device name, or under None of all devices; `clock` is for pins that end."""
         self._limits = limits
         self._policy = policy
         # A borrow takes 2 us: a policy that never lets an entry expire is not asked each time.
