@@ -138,7 +138,9 @@ class Match:
             parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
                 return fill_template(parts, like, layout if layout is not None else self._layout)
-            joined = KVState.join(parts)
+            last = parts[-1]  # containers may differ in settings, leaves do not
+            nested = [part if part.same_structure(last) else part.narrowed(nested_as=last) for part in parts]
+            joined = KVState.join(nested)
             return joined.unwrap() if to is None else joined
         finally:
             self._release()

@@ -396,12 +396,15 @@ class KVState:
         lent.layout = self.layout
         return lent
 
-    def narrowed(self, *, length: int | None = None, without: frozenset[str] = frozenset()) -> "KVState":
+    def narrowed(
+        self, *, length: int | None = None, without: frozenset[str] = frozenset(), nested_as: "KVState | None" = None
+    ) -> "KVState":
         """Return a state that borrows the leaves and stands for less. Copies nothing.
 
         Args:
             length: Its tokens; rows behind them stay where they are and do not count.
             without: Names of leaves that are `missing` in it.
+            nested_as: A state of the same leaves, in whose containers they are to stand.
         """
         lent = self.lend()
         if self._ownership is Ownership.SHARED:
@@ -411,6 +414,8 @@ class KVState:
         if without:
             lent._leaves = {name: leaf for name, leaf in lent._leaves.items() if name not in without}
             lent.missing |= without
+        if nested_as is not None:
+            lent._node = nested_as._node
         return lent
 
     def end(self, reason: str) -> None:
