@@ -18,14 +18,12 @@ class Kind(NamedTuple):
     Attributes:
         framework: Of their arrays.
         fingerprint: Of the model's weights; None where the writer did not say.
-        structure: How the leaves nest.
         leaves: Of each leaf but snapshots: dtype, extents but for tokens, role, axes.
         snapshots: Names of the `SNAPSHOT` leaves. With any, a state can only end where one is stored.
     """
 
     framework: str
     fingerprint: str | None
-    structure: Mapping[str, Any]
     leaves: Mapping[str, tuple[Any, ...]]
     snapshots: frozenset[str]
 
@@ -42,10 +40,13 @@ class Kind(NamedTuple):
             if isinstance(leaf.role, TOKENS | WINDOW):
                 shape[leaf.role.axis] = -1
             leaves[name] = (spec.dtype, shape, leaf.role, leaf.axes)
-        return cls(framework, fingerprint, state.structure, leaves, frozenset(snapshots))
+        return cls(framework, fingerprint, leaves, frozenset(snapshots))
 
     def joins(self, other: "Kind") -> bool:
-        """Say whether blocks of both can be joined: of one structure, or of two frameworks in one dtype."""
+        """Say whether blocks of both can be joined: of the same leaves, or of two frameworks in one dtype.
+
+        How the leaves nest is not compared: containers carry settings, which change as a model goes on.
+        """
         if self is other or self[2:] == other[2:]:
             return True
         return self.framework != other.framework and self.dtypes() == other.dtypes()

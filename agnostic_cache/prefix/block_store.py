@@ -66,7 +66,7 @@ class BlockStore(Lookup):
         if first is not None and not first.kind.joins(blocks[0].kind) and self.states.contains(first.key):
             if not self._refused:
                 self._refused = True
-                _logger.warning("states of two structures or dtypes under one namespace: the later ones are not kept")
+                _logger.warning("states of two kinds under one namespace: the later ones are not kept")
             return 0
         stored, leases = self.stored, list[Lease]()
         try:

@@ -137,7 +137,8 @@ class Match:
             parts = [part if part.framework == framework else part.to(framework, device=device) for part in parts]
             if like is not None:
                 return KVState.fill(parts, like, layout if layout is not None else self._layout)
-            joined = KVState.join(parts)
+            # Containers may differ in settings where leaves do not.
+            joined = KVState.join([part.nested_as(parts[-1]) for part in parts])
             return joined.unwrap() if to is None else joined
         finally:
             self._release()

@@ -375,6 +375,10 @@ class KVState:
         missing = rows.missing | (rows.leaves.keys() - left.keys())
         return KVState(rows._replace(leaves=left, missing=missing), Ownership.BORROWED)
 
+    def nested_as(self, other: "KVState") -> "KVState":
+        """Return a state that borrows these leaves in the containers of `other`, which has the same. Copies nothing."""
+        return KVState(self.rows._replace(node=other.rows.node), Ownership.BORROWED)
+
     def end(self, reason: str) -> None:
         """Let go of the leaves without freeing them; any later use raises `ReleasedError` with `reason`."""
         self._gone, self._rows = reason, Rows({}, *self._rows[1:])

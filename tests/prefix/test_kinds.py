@@ -92,6 +92,17 @@ def test_states_of_one_model_join_whether_their_snapshots_came_along_or_not() ->
         assert contents(match.load(), "all") == contents(state_of(DOCUMENT, "all"), "all")
 
 
+def test_blocks_whose_containers_differ_are_joined_in_those_of_the_last() -> None:
+    layout = KVLayout({"0.key": TOKENS(0)})
+    cache = make(layout=layout)
+    cache.insert(DOCUMENT[:16], [plain(16)])
+    cache.insert(DOCUMENT, (plain(30),))
+    with cache.match([*DOCUMENT, 1]) as match:
+        loaded = match.load()
+    assert type(loaded) is tuple
+    assert loaded[0]["key"].shape == (30, 2)
+
+
 ONE, OTHER, JAX = "weights-torch-1", "weights-torch-2", "weights-jax-3"
 
 

@@ -11,7 +11,7 @@ from agnostic_cache.prefix.chain import Marks, encode, next_key
 from agnostic_cache.prefix.index import Index, common_tokens, content_of
 
 PARENTS = (b"root", b"other")
-KIND = Kind("host", None, {}, {}, frozenset())
+KIND = Kind("host", None, {}, frozenset())
 tokens_lists = st.lists(st.sampled_from([0, 1, 255, 256, 70_000]), min_size=1, max_size=5)  # bytes that are no order
 places = st.dictionaries(st.integers(0, 4), st.sampled_from([b"a" * 32, b"b" * 32]), max_size=2)
 contents = st.tuples(tokens_lists, places).map(
