@@ -68,7 +68,7 @@ def test_calls_among_many_prompts_that_share_no_block(many: int, race: Race, rep
     matches = {"few": match("few", FEW), "many": match("many", many)}
     assert [call() for call in inserts.values()] == [1, 1]
     assert [call() for call in matches.values()] == [BLOCK, BLOCK]
-    calls = {f"insert {name}": call for name, call in inserts.items()}
+    calls: dict[str, Callable[[], object]] = {f"insert {name}": call for name, call in inserts.items()}
     calls |= {f"match {name}": call for name, call in matches.items()}
     calls |= {"stats": caches["many"].stats}
     seconds = race(calls, rounds=400)

@@ -63,7 +63,7 @@ def test_a_state_comes_back_as_it_was() -> None:
 
 
 def test_every_role_comes_back_as_it_was() -> None:
-    roles = {"k": TOKENS(0, 2), "w": WINDOW(0, 3), "n": LENGTH, "mask": KEEP, "s": SNAPSHOT}
+    roles: dict[str, Any] = {"k": TOKENS(0, 2), "w": WINDOW(0, 3), "n": LENGTH, "mask": KEEP, "s": SNAPSHOT}
     native = {name: array((3,), Dtype.UINT8, i) for i, name in enumerate(roles)}
     native["n"] = adapter_named("host").with_counter(native["n"], 7)
     kept = wrap(native, layout=KVLayout(roles), length=7)

@@ -1,9 +1,9 @@
 """What stands at places of a prompt, and whose it is from a place on: shared before, apart behind, never cut inside."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -134,7 +134,7 @@ def test_a_boundary_inside_an_atomic_extra_is_no_stop(kind: str) -> None:
     cache = make(kind)
     extras = [(13, 20, b"A", True)]
     for end in (8, 16, 24):
-        where = {"extras": extras if end >= 20 else []}
+        where: dict[str, Any] = {"extras": extras if end >= 20 else []}
         cache.insert(TEXT[:end], state_of(symbols(TEXT[:end], **where), kind), **where)
     put(cache, TEXT, kind, extras=extras)
     assert [hit(cache, [*TEXT[:end], 1], kind, extras=extras) for end in (20, 23, 24, 30)] == [8, 8, 24, 24]
@@ -287,7 +287,7 @@ def marked(tokens: list[int], where: dict[str, Any]) -> list[Any]:
 def test_extras_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
     cache = make()
     before = cache.stats()
-    calls = [cache.match, cache.pin, cache.unpin, cache.remove, cache.prefetch]
+    calls: list[Callable[..., object]] = [cache.match, cache.pin, cache.unpin, cache.remove, cache.prefetch]
     for call in [*calls, lambda tokens, **where: cache.warm([tokens], **where)]:
         with pytest.raises(InvalidExtrasError):
             call(TEXT, **wrong)
@@ -298,12 +298,16 @@ def test_extras_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
     assert issubclass(InvalidExtrasError, InvalidNamespaceError)
     for name in ("salt", "context"):
         with pytest.raises(InvalidNamespaceError):
-            cache.match(TEXT, **{name: "text"})
+            cache.match(TEXT, **cast("Any", {name: "text"}))
 
 
 def test_prompts_with_extras_are_found_in_a_storage() -> None:
     with make(storage="memory://", clock=lambda: 1.0) as cache:
-        where = {"extras": [(3, 11, b"A", False), (20, 30, b"B", True)], "salt": b"alice", "salt_from": 5}
+        where: dict[str, Any] = {
+            "extras": [(3, 11, b"A", False), (20, 30, b"B", True)],
+            "salt": b"alice",
+            "salt_from": 5,
+        }
         put(cache, TEXT, **where)
         cache.clear()
         assert hit(cache, TEXT, **where) == 32

@@ -21,8 +21,8 @@ LAYOUT = KVLayout({"*": TOKENS(0)})
 
 
 def make(**settings: Any) -> PrefixCache:
-    settings = {"namespace": "toy", "block_size": BLOCK, "layout": LAYOUT, "clock": lambda: 1.0} | settings
-    return PrefixCache("1MiB", **settings)
+    defaults: dict[str, Any] = {"namespace": "toy", "block_size": BLOCK, "layout": LAYOUT, "clock": lambda: 1.0}
+    return PrefixCache("1MiB", **(defaults | settings))
 
 
 def plain(count: int, dtype: Dtype = Dtype.FLOAT32, width: int = 2, **names: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import copy
 import os
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -148,9 +148,10 @@ def test_exact_matches_whole_blocks_only() -> None:
 @pytest.mark.parametrize("separated", ["salt", "context"])
 def test_tenants_never_meet(separated: str) -> None:
     cache = make()
-    cache.insert(DOCUMENT, state_of(DOCUMENT), **{separated: b"a"})
-    assert hit(cache, DOCUMENT, **{separated: b"a"}) == 29
-    assert hit(cache, DOCUMENT, **{separated: b"b"}) == hit(cache, DOCUMENT) == 0
+    alice, bob = cast("list[dict[str, Any]]", [{separated: b"a"}, {separated: b"b"}])
+    cache.insert(DOCUMENT, state_of(DOCUMENT), **alice)
+    assert hit(cache, DOCUMENT, **alice) == 29
+    assert hit(cache, DOCUMENT, **bob) == hit(cache, DOCUMENT) == 0
 
 
 def test_a_state_of_another_length_is_refused_and_nothing_stored() -> None:

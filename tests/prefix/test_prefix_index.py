@@ -119,7 +119,12 @@ def test_a_change_that_is_interrupted_is_made_good_by_the_next(at: int) -> None:
     blocks = [block(b"root", (encode([1, i]), ())) for i in range(3)]
     index.add(blocks[0])
     index.add(blocks[1])
-    interrupted_at(at, lambda: (index.discard(blocks[0].key), index.add(blocks[2])))
+
+    def change() -> None:
+        index.discard(blocks[0].key)
+        index.add(blocks[2])
+
+    interrupted_at(at, change)
     index.add(other := block(b"other", (encode([5]), ())))
     left = {one.key: one for one in index}
     assert left[other.key] is other

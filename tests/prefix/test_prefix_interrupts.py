@@ -99,7 +99,7 @@ def check(cache: PrefixCache, kind: str, where: str) -> None:
 
 def first_key(cache: PrefixCache) -> bytes:
     prompt: Any = cache._prompt(SYSTEM[:8], b"", None, 0, ())  # noqa: SLF001
-    return next(prompt.cut(BLOCK))[0]
+    return bytes(next(prompt.cut(BLOCK))[0])
 
 
 def hit(cache: PrefixCache, tokens: list[int], kind: str) -> int:

@@ -95,7 +95,7 @@ class TransformersAdapter(TorchAdapter):
                 like.layers.extend(like.layer_class_to_replicate() for _ in range(layers))
             for layer in like.layers:
                 classes.rewind(layer)
-        return like  # type: ignore[no-any-return]
+        return like
 
     def take_apart(self, value: object) -> list[Any] | None:
         """Empty caches and layers, whatever their class."""
