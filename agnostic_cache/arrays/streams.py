@@ -16,6 +16,7 @@ class SupportsStreams(Protocol):
 
         Then `mark_read` is called at the end of each borrow.
         """
+        ...
 
     def mark_read(self, arrays: Sequence[Any]) -> None:
         """Keep the memory of `arrays` from other use until what the current stream was asked to do is done."""

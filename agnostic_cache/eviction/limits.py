@@ -76,7 +76,7 @@ class Limits(Policy):
         return self.inner.max_bytes
 
     @max_bytes.setter
-    def max_bytes(self, nbytes: int) -> None:
+    def max_bytes(self, nbytes: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.inner.max_bytes = nbytes
 
     def reset(self) -> None:

@@ -45,7 +45,7 @@ class BudgetEvictor(BaseEvictor):
         InvalidSizeError: The maximum is less than one byte, or no finite number.
     """
 
-    make_order: ClassVar[Callable[[], Policy]] = LRU
+    make_order: ClassVar[type[Policy]] = LRU
     by_dict: ClassVar[bool] = False
     """The dict is in the order of the policy, and stands for it: its owner may reorder it."""
     reorders: bool = False

@@ -15,6 +15,7 @@ class SupportsShapes(Protocol):
 
     def abstract_specs(self, init_fn: Callable[[int], object], length: int) -> Mapping[str, ArraySpec]:
         """Return name and spec of each leaf of ``init_fn(length)`` without allocating it."""
+        ...
 
 
 def infer_roles(init_fn: Callable[[int], object], lengths: tuple[int, int], framework: str) -> dict[str, Role]:

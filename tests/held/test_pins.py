@@ -143,8 +143,9 @@ def test_memory_that_pinned_entries_share_counts_once(memory: HostMemory) -> Non
     del shared
     assert cache.pin_all(["a", "b"]) == 2
     cache.unpin("a")
+    cache.put("c", memory.state(64))
     with pytest.raises(PinLimitError):
-        cache.put("c", memory.state(64)), cache.pin("c")
+        cache.pin("c")
     check(cache, memory)
 
 

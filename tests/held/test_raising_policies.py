@@ -51,7 +51,9 @@ class Raising(LRU):
     def expired(self) -> list[Any]:
         return list(self._do("expired", list))
 
-    def narrow(self, room: Room, *args: Any) -> Room:
+    def narrow(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, room: Room, *args: Any
+    ) -> Room:
         found: Room = self._do("narrow", lambda: LRU.narrow(self, room, *args))
         return found
 

@@ -133,7 +133,9 @@ def test_a_cache_is_a_cache_by_whatever_name_xlm_takes_another_thing() -> None:
 class Former(LlamaForCausalLM):
     """A model written for another release: ``generate`` does not pass a cache by this name."""
 
-    def forward(self, input_ids: Any = None, cache_params: Any = None, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Any = None, cache_params: Any = None, **kwargs: Any
+    ) -> Any:
         assert cache_params is None
         return super().forward(input_ids, **kwargs)
 

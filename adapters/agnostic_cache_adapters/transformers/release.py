@@ -22,7 +22,8 @@ def _name_in(function: Callable[..., Any], names: tuple[str, ...]) -> str | None
     return next((name for name in names if name in taken), None)
 
 
-_GENERATE: Final = _name_in(GenerationMixin.prepare_inputs_for_generation, CACHE_NAMES) or CACHE_NAMES[0]
+_PREPARE: Any = vars(GenerationMixin)["prepare_inputs_for_generation"]
+_GENERATE: Final = _name_in(_PREPARE, CACHE_NAMES) or CACHE_NAMES[0]
 # Until 5.23 `cache` means something else: XLM takes a dict of its own by it.
 _NAMES: Final = CACHE_NAMES[CACHE_NAMES.index(_GENERATE) :]
 
