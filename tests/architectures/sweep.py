@@ -5,6 +5,7 @@ writes that section anew. ``-- TYPE ...`` asks some types alone, ``-- --family c
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -47,7 +48,9 @@ def main() -> int:
     asked = parser.parse_args()
     began = time.monotonic()
     results = list(sweep(asked.family or list(FAMILIES), asked.types, asked.jobs))
-    results.sort(key=lambda result: (list(FAMILIES).index(result.family), ORDER.index(result.verdict), result.model_type))
+    results.sort(
+        key=lambda result: (list(FAMILIES).index(result.family), ORDER.index(result.verdict), result.model_type)
+    )
     show("\n".join(table(results)))
     show(f"{len(results)} types in {(time.monotonic() - began) / 60:.0f} minutes, {asked.jobs} at a time")
     if asked.json:
@@ -107,8 +110,8 @@ def _ask(name: str, family: str, pipe: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # transformers tells of every default that a tiny config departs from
-    sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
-    pipe.send(check(name, family))
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        pipe.send(check(name, family))
     pipe.close()
 
 

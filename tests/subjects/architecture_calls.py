@@ -1,7 +1,7 @@
-"""The calls that a tiny model is asked through a cache, each compared with plain ``generate``: tokens, and logits.
+"""The calls that a tiny model is asked through a cache, each compared with plain ``generate``: tokens and logits.
 
-Every answer of plain ``generate`` is computed before the first call through a cache, so that a model that keeps something
-of its last call has kept it from one through a cache, as in a server.
+Every answer of plain ``generate`` is computed before the first call through a cache: where a model keeps something of
+its last call, it has kept it from a call through a cache, as in a server.
 """
 
 import copy
@@ -12,7 +12,7 @@ import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import architectures
@@ -124,7 +124,9 @@ UNRELATED = [words(24, 11), words(24, 12)]
 SAMPLED = {"do_sample": True, "top_k": 20, "temperature": 1.5}
 
 
-def _steps(first: list[int], second: Callable[[list[int]], list[int]], image: tuple[list[int], dict[str, Any]] | None) -> Iterator[_Step]:
+def _steps(
+    first: list[int], second: Callable[[list[int]], list[int]], image: tuple[list[int], dict[str, Any]] | None
+) -> Iterator[_Step]:
     """Yield the calls; `first` is the answer to the first question, `second` answers the next turn."""
     questions = [DOCUMENT + question for question in (FIRST, SECOND, THIRD)]
     turn2 = questions[0] + first + SECOND
@@ -166,7 +168,7 @@ class _Asked:
     def __init__(self, model: Any) -> None:
         self.model = model
         names = inspect.signature(type(model).generate).parameters
-        self.name = "input_ids" if "input_ids" in names or not model.main_input_name == "input_ids" else "inputs"
+        self.name = "input_ids" if "input_ids" in names or model.main_input_name != "input_ids" else "inputs"
 
     def arguments(self, step: _Step) -> dict[str, Any]:
         prefix = architectures.prefix(self.model)
@@ -205,13 +207,18 @@ def difference(want: _Answer, got: _Answer) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
-def check(model_type: str, family: str) -> Result:
+def check(model_type: str, family: str, fields: Mapping[str, Any] | None = None) -> Result:
     """Build the tiny model of a type, ask it, and say what came of it.
 
     Never raises what transformers or we raise: that is the result.
+
+    Args:
+        model_type: The type.
+        family: Which of its classes: `architectures.CLASSES`.
+        fields: Of its config, where they differ from those of the tiny one.
     """
     try:
-        model = architectures.tiny(model_type, family)
+        model = architectures.tiny(model_type, family, fields)
     except Exception as error:  # noqa: BLE001 - whatever a config or a class refuses is why there is no model
         return Result(model_type, family, UNBUILT, told(error))
     return check_model(model, model_type, family)
@@ -296,8 +303,10 @@ def _state_round_trip(asked: _Asked, plain: Callable[..., Any]) -> tuple[Call | 
     kept = StateCache("64MiB")
     try:
         length = len(architectures.prefix(asked.model)) + len(DOCUMENT)
-        kept.put("state", native if "recurrent" != _layers(native) else wrap(native, length=length))
-        offs = [difference(want, asked.ask(plain, step, **{name: kept.get("state")})) for _ in range(2)]
+        alone = _layers(native) == "recurrent"  # which says no length
+        kept.put("state", wrap(native, length=length) if alone else native)
+        out = [kept.get("state") for _ in range(2)]
+        offs = [difference(want, asked.ask(plain, step, **{name: one.unwrap() if alone else one})) for one in out]
         kept.remove("state")
     except UnknownValueError as error:
         return None, f"refused: {error}"
@@ -313,7 +322,9 @@ def _verdict(calls: dict[str, Call]) -> tuple[str, str]:
         return EXCEPTION, f"{', '.join(errors)}: {least}"
     wrong = {name: call.off for name, call in calls.items() if call.wrong}
     if wrong:
-        return WRONG, ", ".join(f"{name} ({'tokens' if off == math.inf else f'{off:.0e}'})" for name, off in wrong.items())
+        return WRONG, ", ".join(
+            f"{name} ({'tokens' if off == math.inf else f'{off:.0e}'})" for name, off in wrong.items()
+        )
     reasons = list(dict.fromkeys(call.bypassed for call in calls.values() if call.bypassed not in {"", "as before"}))
     if calls["question 2"].hit:
         return REUSE, "; ".join(reasons)

@@ -1,6 +1,5 @@
 """What the names of a config's fields do not tell about the tiny model of a type."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +44,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
+    "dory": {  # halved by the config itself
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "layer_types": DELETE,
+    },
     "dots1": {**FULL_SLIDING, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
         "num_hidden_layers": 4,
@@ -64,7 +70,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.9, *[0.0] * 5],
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}}},
-    "granite4_vision": {"vision_config": {"hidden_size": 64}, "qformer_config": {"hidden_size": 64}, "deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        "qformer_config": {"hidden_size": 64},
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "spatial_target_layers": [0, 1],
+        "downsample_rate": "1/2",
+    },
     "granitemoehybrid": {
         **EIGHT_BY_EIGHT,
         "num_hidden_layers": 4,
@@ -109,7 +121,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "hash_seed": 1,
     },
     "step3p7": {"text_config": {**FULL_SLIDING, "sliding_window": 16, "num_sliding_attention_heads": 4}},
-    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _SHORT_AUDIO, "semantic_tokenizer_encoder_config": _SHORT_AUDIO},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": _SHORT_AUDIO,
+        "semantic_tokenizer_encoder_config": _SHORT_AUDIO,
+    },
     "xlstm": {"chunk_size": 16, "num_blocks": 2, "embedding_dim": 64, "hidden_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -132,7 +147,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
     },
 }
-for _whole, _text in (("cohere_compass", "cohere_compass_text"), ("dots3_note", "dots3_note_text"), ("qwen4_exp", "qwen4_exp_text")):
+for _whole, _text in (
+    ("cohere_compass", "cohere_compass_text"),
+    ("dots3_note", "dots3_note_text"),
+    ("qwen4_exp", "qwen4_exp_text"),
+):
     FIELDS[_whole] = {"text_config": FIELDS[_text]}
 for _kind in (
     *("glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
@@ -162,7 +181,10 @@ INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "blip": lambda _: {"pixel_values": _pixels(1, 3, 28, 28)},
     "blip-2": lambda _: {"pixel_values": _pixels(1, 3, 28, 28)},
     "instructblip": lambda _: {"pixel_values": _pixels(1, 3, 28, 28), "qformer_input_ids": torch.tensor([[50, 51]])},
-    "instructblipvideo": lambda _: {"pixel_values": _pixels(1, 1, 3, 28, 28), "qformer_input_ids": torch.tensor([[50, 51]])},
+    "instructblipvideo": lambda _: {
+        "pixel_values": _pixels(1, 1, 3, 28, 28),
+        "qformer_input_ids": torch.tensor([[50, 51]]),
+    },
 }
 
 # The tokens that every prompt of a type must begin with.

@@ -1,7 +1,8 @@
 """A tiny model with random weights of every type that transformers maps, made from its config alone.
 
-The config of a type is shrunk field by field, by name: `LARGEST` says what each name may have at most. What names do not
-tell stands in `architecture_fields`. Weights are drawn so that logits spread and every token of the past counts.
+The config of a type is shrunk field by field: `LARGEST` says what a field of a name may have at most, and
+`architecture_fields` what names do not tell. Weights are drawn so that logits spread and every token of the past
+counts.
 """
 
 import copy
@@ -69,7 +70,7 @@ LARGEST = tuple(
         (r"max_window_layers", 0),
         (r"num_mtp_layers|num_nextn_predict_layers", 0),
         (r"image_size|crop_size|resolution", 28),
-        (r"base_channels|num_mel_bins|pooler_output_size", 32),
+        (r"base_channels|num_mel_bins|pooler_output_size|codebook_dim", 32),
     )
 )
 _KEY_HEADS = re.compile(r"(swa_|global_)?num_key_value_heads|(num|n)_kv_heads|num_global_key_value_heads")
@@ -80,11 +81,15 @@ def types(family: str) -> list[str]:
     return sorted(CLASSES[family])
 
 
-def tiny(model_type: str, family: str) -> Any:
-    """Build the tiny model of a type, in eval mode, with float32 weights that are the same in every process."""
-    settings, kind = config(model_type), getattr(transformers, CLASSES[family][model_type])
-    if type(settings) is not kind.config_class:  # the class is the decoder of a model of more parts
-        settings = next(part for part in vars(settings).values() if type(part) is kind.config_class)
+def tiny(model_type: str, family: str, fields: Mapping[str, Any] | None = None) -> Any:
+    """Build the tiny model of a type, in eval mode, with float32 weights that are the same in every process.
+
+    `fields` of its config are set as given.
+    """
+    settings, kind = config(model_type, fields or {}), getattr(transformers, CLASSES[family][model_type])
+    if not isinstance(settings, kind.config_class):  # the class may be the decoder of a model of more parts
+        parts = (part for part in vars(settings).values() if type(part) is kind.config_class)
+        settings = next(parts, settings)
     if family == "causal" and hasattr(settings, "is_decoder") and not settings.is_encoder_decoder:
         settings.is_decoder = True
     torch.manual_seed(0)
@@ -129,13 +134,14 @@ def image(model: Any) -> tuple[list[int], dict[str, torch.Tensor]] | None:
     }
 
 
-def config(model_type: str) -> Any:
-    """Return the shrunk config of a type."""
+def config(model_type: str, own: Mapping[str, Any]) -> Any:
+    """Return the shrunk config of a type, with some fields as given."""
     kind = transformers.CONFIG_MAPPING[model_type]
     fields = _shrunk(kind(**copy.deepcopy(START.get(model_type, {}))).to_dict())
     _number_tokens(fields, {})
     _fit_rope(fields)
     _merge(fields, copy.deepcopy(FIELDS.get(model_type, {})))
+    _merge(fields, own)
     for name in ("architectures", "dtype", "transformers_version"):
         fields.pop(name, None)
     made = kind(**fields)
@@ -236,7 +242,7 @@ def _spread(model: Any) -> None:
         scale = 1.0 if "embed" in name or "wte" in name else 1 / math.sqrt(max(fan_in, 1))
         weights.copy_(torch.randn(weights.shape, generator=random) * scale)
     for weights in model.parameters():
-        if weights.ndim < 2 and not weights.any():  # noqa: PLR2004 - a bias
+        if weights.ndim < 2 and not weights.any():
             weights.copy_(torch.randn(weights.shape, generator=random) * 0.1)
 
 
