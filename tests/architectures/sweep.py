@@ -21,11 +21,11 @@ from typing import Any
 
 import architectures
 import torch
-from architecture_calls import BYPASS, EXCEPTION, PLAINFAIL, REUSE, UNBUILT, WRONG, Result, check
+from architecture_calls import BYPASS, EXCEPTION, PLAINFAIL, REUSE, SILENT, UNBUILT, WRONG, Result, check
 
 PAGE = Path(__file__).parents[2] / "docs" / "structures.md"
 BEGIN, END = "<!-- written by nox -s architectures -- --write -->", "<!-- end of what is written -->"
-# Of each family: its title, how many types must be built and run, and of 5.23 how many must be reused.
+# Of each family: its title, and how many of its types must be built and run.
 FAMILIES = {
     "causal": ("Causal language models", 184),
     "image-text": ("Image-text-to-text models, asked by text alone", 85),
@@ -84,7 +84,8 @@ def sweep(families: Iterable[str], types: Sequence[str], jobs: int) -> Iterator[
             process.start()
             theirs.close()
             running[ours] = name, family, process, time.monotonic()
-        for ours in multiprocessing.connection.wait(list(running), timeout=1):
+        ready: list[Any] = multiprocessing.connection.wait(list(running), timeout=1)
+        for ours in ready:
             name, family, process, _ = running.pop(ours)
             try:
                 result = ours.recv()
@@ -122,6 +123,9 @@ def complaints(results: Sequence[Result], *, whole: bool) -> Iterator[str]:
         bad = [result.model_type for result in own if result.verdict in {WRONG, EXCEPTION}]
         if bad:
             yield f"{title}: not as plain generate: {', '.join(bad)}"
+        silent = [result.model_type for result in own if result.verdict == BYPASS and SILENT in result.reason]
+        if silent:
+            yield f"{title}: no hit, and nobody says why: {', '.join(silent)}"
         built = sum(result.verdict not in {PLAINFAIL, UNBUILT} for result in own)
         if own and whole and built < least:
             yield f"{title}: {built} types built and run, {least} are asked for"

@@ -36,6 +36,7 @@ REUSE, BYPASS, WRONG, EXCEPTION, PLAINFAIL, UNBUILT = (
     "PLAINFAIL",
     "UNBUILT",
 )
+SILENT = "no hit, and no reason"
 _STATES = ("past_key_values", "cache_params", "cache")  # names of what generate takes and gives back
 _LAYERS = {
     "DynamicLayer": "full",
@@ -191,6 +192,9 @@ class _Asked:
         torch.manual_seed(7)
         with torch.no_grad():
             out = how(**{**self.arguments(step), **more})
+        if not out.get("logits"):
+            message = "generate returns no logits"
+            raise TypeError(message)
         native = next((value for name in _STATES if (value := out.get(name)) is not None), None)
         logits = torch.stack(out.logits, 1).float()
         return _Answer(out.sequences.tolist(), out.sequences[0].reshape(-1)[-NEW:].tolist(), logits, native)
@@ -305,8 +309,10 @@ def _state_round_trip(asked: _Asked, plain: Callable[..., Any]) -> tuple[Call | 
         length = len(architectures.prefix(asked.model)) + len(DOCUMENT)
         alone = _layers(native) == "recurrent"  # which says no length
         kept.put("state", wrap(native, length=length) if alone else native)
-        out = [kept.get("state") for _ in range(2)]
-        offs = [difference(want, asked.ask(plain, step, **{name: one.unwrap() if alone else one})) for one in out]
+        offs = []
+        for _ in range(2):  # the first has been gone on from when the second is handed out
+            one: Any = kept.get("state")
+            offs.append(difference(want, asked.ask(plain, step, **{name: one.unwrap() if alone else one})))
         kept.remove("state")
     except UnknownValueError as error:
         return None, f"refused: {error}"
@@ -328,7 +334,7 @@ def _verdict(calls: dict[str, Call]) -> tuple[str, str]:
     reasons = list(dict.fromkeys(call.bypassed for call in calls.values() if call.bypassed not in {"", "as before"}))
     if calls["question 2"].hit:
         return REUSE, "; ".join(reasons)
-    return BYPASS, "; ".join(reasons) or "no hit, and no reason"
+    return BYPASS, "; ".join(reasons) or SILENT
 
 
 def _layers(native: Any) -> str:
