@@ -400,6 +400,17 @@ def gpu(session: nox.Session) -> None:
     test(session, ["gpu"], ["torch", "jax"], arguments)
 
 
+@nox.session(reuse_venv=True)
+def architectures(session: nox.Session) -> None:
+    """A tiny model of every type that transformers maps, through a cache and without; `-- TYPE ...` asks some alone.
+
+    It compares docs/structures.md with what came of it; `-- --write` writes that, `-- --jobs N` asks N at one time.
+    """
+    arguments = install(session, "transformers")
+    env = {"PYTHONPATH": "tests/subjects", "OMP_NUM_THREADS": "1"}
+    session.run("python", "-P", "tests/architectures/sweep.py", *arguments, env=env)
+
+
 @nox.session
 def newest(session: nox.Session) -> None:
     """The sessions of frameworks without locks, on what the index has today, and one table of the results."""
