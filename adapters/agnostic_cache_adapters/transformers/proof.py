@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from agnostic_cache_adapters.transformers import windows
+from agnostic_cache.arrays.roles import SNAPSHOT
+from agnostic_cache_adapters.transformers import layers, windows
 from agnostic_cache_adapters.transformers.full_precision import compute_in_fp32
 from agnostic_cache_adapters.transformers.model_copy import copy_of, undisturbed
 from agnostic_cache_adapters.transformers.rounding import distance, rounding_differently
@@ -33,6 +34,7 @@ _MORE: Final = 8
 # 0.8 in 16 bits; wrong ones begin at 81, 40 and 5.
 _LIMITS: Final = {torch.float32: 20.0, torch.float64: 20.0, torch.float16: 6.0, torch.bfloat16: 2.0}
 _WEAK: Final = 5.0  # times the limit: where the first half of a prompt changes less, a lost state would not show
+_SINGLE: Final = 50.0  # times less counts a single position: experts flip there, and plain decoding steps by one, too
 _OUT_OF_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)  # says nothing of the model
 
 
@@ -44,6 +46,7 @@ class Why(enum.StrEnum):
     PIECES = "pieces"
     RAISES = "raises"
     WEAK = "weak"
+    ROUNDING = "rounding"
     ROWS = "rows"
     SHARDED = "sharded"
     FAILED = "failed"
@@ -55,6 +58,7 @@ SENTENCES: Final = {
     Why.PIECES: "the model computes something else where several tokens follow its own state",
     Why.RAISES: "the model raises where several tokens follow its own state",
     Why.WEAK: "the model hardly depends on its past, so that a lost state would not show",
+    Why.ROUNDING: "the model computes in 16 bits or fewer, whose rounding would hide that its recurrent state is lost",
     Why.ROWS: "a row that is moved behind left padding means something else to the model",
     Why.SHARDED: "the model is spread over several processes and is not in the table of verdicts",
     Why.FAILED: "the model could not be tried",
@@ -94,11 +98,13 @@ def prove(model: Any) -> Proof:
     if _is_sharded(model):
         return Proof(prefix=False, why=Why.SHARDED)
     with undisturbed(model.device):
-        proof, runner = _prove_once(model)
-        switches = windows.of(runner.model.config, TOKENS)
-        if not proof.prefix or not switches:
-            return proof
-        return _prove_within(runner, proof, switches)
+        proof, proving = _prove_once(model)
+        later = windows.of(proving.model.config, TOKENS)
+        if proof.prefix:
+            proof = _prove_within(proving, proof, [each for each in later if each.acts is not windows.Acts.SELECTS])
+        if proof.prefix:
+            proof = _prove_selecting(proving, proof, [each for each in later if each.acts is windows.Acts.SELECTS])
+        return proof
 
 
 def _prove_once(model: Any) -> "tuple[Proof, _Proving]":
@@ -113,27 +119,48 @@ def _prove_once(model: Any) -> "tuple[Proof, _Proving]":
             del runner, copied
             error.__traceback__ = None  # frees what it holds
     runner = _Proving(copy_of(model), model.dtype if model.dtype in _LIMITS else torch.bfloat16)
-    return runner.proof(), runner
+    proof = runner.proof()
+    if proof.prefix and not runner.keeps_rows():
+        return Proof(prefix=False, why=Why.ROUNDING, ratios=proof.ratios), runner
+    return proof, runner
 
 
-def _prove_within(runner: "_Proving", proof: Proof, switches: list[windows.Window]) -> Proof:
+def _prove_within(proving: "_Proving", proof: Proof, found: list[windows.Window]) -> Proof:
     """Prove again with windows that are smaller than the proof; where that changes nothing, the window is unproven."""
-    before = runner.one
-    smallest = min((each.value for each in switches if each.cuts), default=None)
-    windows.shrink(runner.model, switches, _WINDOW)
-    try:
-        within = runner.proof()
-    except Exception as error:  # noqa: BLE001 - a class that cannot be shrunk so is a limit, not a failed call
-        within = Proof(prefix=False, why=Why.RAISES, detail=type(error).__name__)
+    if not found:
+        return proof
+    within, changed = _shrunk(proving, found)
     if within.why in {Why.PIECES, Why.FUTURE}:
         return within
+    cutting = [each.value for each in found if each.acts is windows.Acts.CUTS]
     ratios = {**proof.ratios, **{f"small windows: {name}": ratio for name, ratio in within.ratios.items()}}
-    if within.prefix and smallest is None:
+    if within.prefix and (changed or not cutting):
         return proof._replace(rows=proof.rows and within.rows, ratios=ratios)
-    if within.prefix and runner.ratio(before[:, _WINDOW:], runner.one[:, _WINDOW:]) > runner.limit:
-        return proof._replace(rows=proof.rows and within.rows, ratios=ratios)
-    beyond = min(each.value for each in switches) if smallest is None else smallest
-    return proof._replace(limit=beyond - 1, ratios=ratios)
+    return proof._replace(limit=min(cutting or [each.value for each in found]) - 1, ratios=ratios)
+
+
+def _prove_selecting(proving: "_Proving", proof: Proof, found: list[windows.Window]) -> Proof:
+    """Prove again with fewer tokens selected: ties fall at random, so that a difference is no more than unproven."""
+    if not found:
+        return proof
+    within, changed = _shrunk(proving, found)
+    if within.prefix and changed:
+        return proof
+    limit = min(each.value for each in found)
+    return proof._replace(limit=limit if proof.limit is None else min(limit, proof.limit))
+
+
+def _shrunk(proving: "_Proving", found: list[windows.Window]) -> tuple[Proof, bool]:
+    """Return the proof of the copy with small windows, and whether that computes something else."""
+    before = proving.one
+    windows.shrink(proving.model, found, _WINDOW)
+    try:
+        proof = proving.proof()
+    except _OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # noqa: BLE001 - a class that cannot be shrunk so is a limit, not a failed call
+        return Proof(prefix=False, why=Why.RAISES, detail=type(error).__name__), False
+    return proof, proof.prefix and proving.ratio(before[:, _WINDOW:], proving.one[:, _WINDOW:]) > proving.limit
 
 
 class _Proving(Runs):
@@ -150,6 +177,12 @@ class _Proving(Runs):
         self.one = torch.empty(0)
         self._eps = torch.finfo(dtype).eps / 2
         self._noise = 0.0
+        self._cache: Any = None
+
+    def keeps_rows(self) -> bool:
+        """Say whether the cache keeps rows of tokens and nothing else: it has no state that could be lost."""
+        plans = [layers.plan(layer) for layer in getattr(self._cache, "layers", [None])]
+        return all(plan and all(part.hint.role is not SNAPSHOT for part in plan.parts.values()) for plan in plans)
 
     def ratio(self, expected: torch.Tensor, seen: torch.Tensor) -> float:
         """Return the median distance of logits in units of the rounding noise."""
@@ -169,8 +202,8 @@ class _Proving(Runs):
     def _against_prefix(
         self, ids: torch.Tensor, other: torch.Tensor, ratios: dict[str, float]
     ) -> tuple[Why | None, str]:
-        self.one, cache = self.run(ids)
-        if cache is None:
+        self.one, self._cache = self.run(ids)
+        if self._cache is None:
             return Why.NO_CACHE, ""
         with rounding_differently(self.model, self._eps):
             self._noise = max(distance(self.one, self.run(ids)[0]), 1e-7)
@@ -222,7 +255,7 @@ class _Proving(Runs):
             logits, cache = self.run(ids[:, :stop], cache, start)
             if start:
                 seen.append(logits)
-                ratios.append(self.ratio(self.one[:, start:stop], logits))
+                ratios.append(self.ratio(self.one[:, start:stop], logits) / (_SINGLE if length == 1 else 1))
             start = stop
         return max(*ratios, self.ratio(self.one[:, _PIECES[0] :], torch.cat(seen, 1)))
 
@@ -244,4 +277,5 @@ def _is_sharded(model: Any) -> bool:
         return hasattr(weight, "placements") or hasattr(weight, "ds_id")
 
     kinds = {type(module).__name__ for module in model.modules()}
-    return any(map(spread, model.parameters())) or any("FullyShardedDataParallel" in kind for kind in kinds)
+    parallel = getattr(model, "_tp_size", None) not in {None, 1}
+    return parallel or any(map(spread, model.parameters())) or any("FullyShardedDataParallel" in kind for kind in kinds)

@@ -4,6 +4,7 @@ The shipped table has the models of transformers, by the digest of the source th
 (remote code, another release, a patched class) is proven on the model itself, once, and the verdict is kept on disk.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -216,7 +217,8 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
         aside.replace(path)
     except OSError:
         _log.debug("a verdict could not be kept in %s", path.parent, exc_info=True)
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 VERDICTS: Final = Verdicts()
