@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from agnostic_cache.state.layout import KVLayout
     from agnostic_cache.state.wrapping import wrap
     from agnostic_cache.storage.registry import open_storage
+    from agnostic_cache.version import __version__ as __version__
 
 __all__ = [
     "Cache",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "__version__": "version",
     "Cache": "cache",
     "KVLayout": "state.layout",
     "KVState": "state.kv_state",

@@ -11,6 +11,7 @@ import flax.core  # noqa: F401 - importing this module is what says that Flax is
 from flax import nnx
 
 from agnostic_cache.arrays.adapter import Opened
+from agnostic_cache.arrays.registry import offer_adapter
 from agnostic_cache.state.layout import LENGTH, TOKENS, KVLayout
 from agnostic_cache_adapters.jax import JaxAdapter, on_evict, resume, store
 
@@ -37,3 +38,4 @@ class FlaxAdapter(JaxAdapter):
 
 
 adapter = FlaxAdapter()
+offer_adapter("flax", adapter)

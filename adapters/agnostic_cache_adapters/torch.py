@@ -22,6 +22,7 @@ from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Storage
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import ALIGNMENT, HostArray
 from agnostic_cache.arrays.leaf import Leaf
+from agnostic_cache.arrays.registry import adapter_named, offer_adapter
 from agnostic_cache.arrays.roles import SNAPSHOT
 from agnostic_cache.errors import StructureMismatchError, UnsupportedArrayError, UnsupportedDtypeError
 from agnostic_cache.state.tree import flatten, strip
@@ -326,6 +327,7 @@ def active_adapters(model: torch.nn.Module) -> list[tuple[str, str]]:
 
 
 adapter = TorchAdapter()
+offer_adapter("torch", adapter)
 
 
 def on_evict(value: object) -> int:
@@ -343,7 +345,5 @@ def on_evict(value: object) -> int:
     Returns:
         The bytes that were seen to be freed.
     """
-    from agnostic_cache.arrays.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
-
     best = adapter_named("torch")
     return best.release(strip(value, best))

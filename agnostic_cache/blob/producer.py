@@ -1,8 +1,8 @@
-"""Who writes our files, as their metadata says."""
+"""Which program writes our files."""
 
-from importlib import metadata
 from typing import Final
 
-# Read once, on import: reading it imports more, and a process that forks meanwhile leaves its child a lock for ever.
-PRODUCER: Final = f"agnostic-cache {metadata.version('agnostic-cache')}"
+from agnostic_cache.version import __version__
+
+PRODUCER: Final = f"agnostic-cache {__version__}"
 """Name and version of this package."""

@@ -13,10 +13,13 @@ from rich.table import Table
 
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import HostArray
+from agnostic_cache.arrays.own_adapters import OWN_ADAPTERS
 from agnostic_cache.arrays.registry import GROUP as ADAPTERS
 from agnostic_cache.arrays.registry import adapter_named
+from agnostic_cache.entry_points import entry_points
 from agnostic_cache.errors import AgnosticCacheError
 from agnostic_cache.storage.registry import GROUP as STORAGES
+from agnostic_cache.version import __version__
 
 # What each extra of a storage is for, and the module that it brings.
 _EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType({
@@ -37,7 +40,7 @@ class _Finding(NamedTuple):
 def doctor() -> None:
     """Tell which adapters and storages work here, on which devices, in which versions."""
     console = Console()
-    console.print(f"agnostic-cache {metadata.version('agnostic-cache')}, Python {platform.python_version()}, "
+    console.print(f"agnostic-cache {__version__}, Python {platform.python_version()}, "
                   f"{platform.platform()}", highlight=False)  # fmt: skip
     table = Table("", "", "what to do")
     for finding in (*_adapters(), *_storages()):
@@ -46,7 +49,7 @@ def doctor() -> None:
 
 
 def _adapters() -> list[_Finding]:
-    names = sorted(point.name for point in metadata.entry_points(group=ADAPTERS))
+    names = sorted({*OWN_ADAPTERS, *entry_points(ADAPTERS)})
     return [_Finding("adapter host", "works"), *map(_adapter, names)]
 
 
@@ -73,9 +76,7 @@ def _storages() -> list[_Finding]:
             found.append(_Finding(f"{extra} {_version(module)}", f"installed: {purpose}"))
         else:
             found.append(_Finding(extra, f"not installed: {purpose}", f"pip install 'agnostic-cache\\[{extra}]'"))
-    return found + [
-        _Finding(f"storage {point.name}://", point.value) for point in metadata.entry_points(group=STORAGES)
-    ]
+    return found + [_Finding(f"storage {name}://", point.value) for name, point in entry_points(STORAGES).items()]
 
 
 def _is_there(module: str) -> bool:

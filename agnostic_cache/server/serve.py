@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from agnostic_cache.errors import MissingExtraError, ServerStartError, StorageError
@@ -150,11 +149,12 @@ def _monitor(config: ServeConfig, server: CacheServer, stack: ExitStack) -> int 
     if config.metrics_port is None:
         return None
     try:
-        made = import_module("agnostic_cache.server.monitor")
+        from agnostic_cache.metrics import Metrics  # noqa: PLC0415 - needs an extra
+        from agnostic_cache.server.monitor import Monitor  # noqa: PLC0415 - needs the same
     except ModuleNotFoundError as error:
         msg = f"metrics need a library that is not installed ({error}); pip install 'agnostic-cache[metrics]'"
         raise MissingExtraError(msg) from error
-    metrics = made.Metrics()
+    metrics = Metrics()
     for name, tier, stats in zip(_names(config.tiers), config.tiers, server.backend.tiers, strict=True):
         policy = StorageURL.parse(tier).options.get("evictor", "adaptive") if "://" in tier else "adaptive"
         metrics.watch(name, policy, stats)
@@ -171,7 +171,6 @@ def _monitor(config: ServeConfig, server: CacheServer, stack: ExitStack) -> int 
             return False
         return True
 
-    monitor = made.Monitor(config.metrics_port, metrics, is_healthy)
+    monitor = Monitor(config.metrics_port, metrics, is_healthy)
     stack.callback(monitor.close)
-    port: int = monitor.port
-    return port
+    return monitor.port

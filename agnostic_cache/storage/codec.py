@@ -1,6 +1,5 @@
 """Codecs: what a blob may be compressed with on its way to a disk, by name. Lossless; "" is none."""
 
-from importlib import import_module
 from types import ModuleType
 from typing import Final
 
@@ -43,7 +42,8 @@ def decode(memory: memoryview, codec: str) -> memoryview:
 
 def _byteplanes() -> ModuleType:
     try:
-        return import_module("agnostic_cache.storage.byteplanes")
+        from agnostic_cache.storage import byteplanes  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as error:
         msg = f"compress='byteplanes+zstd' needs a library ({error}); pip install 'agnostic-cache[zstd]'"
         raise MissingExtraError(msg) from error
+    return byteplanes

@@ -1,39 +1,66 @@
-"""open_storage: a storage by its URL. Third parties add schemes by entry point."""
+"""open_storage: a storage by its URL. The project's own schemes stand in a table; third parties' are entry points."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from agnostic_cache.entry_points import entry_points
 from agnostic_cache.errors import MissingExtraError, StorageURLError
 from agnostic_cache.storage.backend import StorageBackend
 from agnostic_cache.storage.guard import GuardedStorage
 from agnostic_cache.storage.url import StorageURL
 
 GROUP: Final = "agnostic_cache.storage"
-"""Entry points: the name is a scheme, the object takes a URL and returns a `StorageBackend`."""
+"""Entry points: the name is a scheme, the object takes a URL and returns a `StorageBackend`.
+
+A scheme of the table is the project's: no entry point replaces it.
+"""
+
+_Opener = Callable[[str], StorageBackend]
+
+
+def _memory() -> _Opener:
+    from agnostic_cache.storage.memory import MemoryStorage  # noqa: PLC0415 - when it is asked for, as those below
+
+    return MemoryStorage.from_url
+
+
+def _file() -> _Opener:
+    from agnostic_cache.storage.file import FileStorage  # noqa: PLC0415
+
+    return FileStorage.from_url
+
+
+def _lm() -> _Opener:
+    from agnostic_cache.storage.lm import LMStorage  # noqa: PLC0415
+
+    return LMStorage.from_url
+
+
+def _redis() -> _Opener:
+    from agnostic_cache.storage.redis import RedisStorage  # noqa: PLC0415
+
+    return RedisStorage.from_url
 
 
 class _Own(NamedTuple):
-    """A scheme of the house: where its class is, and the extra that it needs."""
+    """A scheme of the project: what imports its backend, and the extra that it needs."""
 
-    module: str
-    name: str
+    load: Callable[[], _Opener]
     extra: str | None = None
 
 
-_REDIS = _Own("agnostic_cache.storage.redis", "RedisStorage", "redis")
-_LM = _Own("agnostic_cache.storage.lm", "LMStorage")
+# Functions, not names of modules: what makes a frozen program finds the modules by their import statements.
 _OWN: Mapping[str, _Own] = MappingProxyType({
-    "memory": _Own("agnostic_cache.storage.memory", "MemoryStorage"),
-    "file": _Own("agnostic_cache.storage.file", "FileStorage"),
-    "lm": _LM,
-    "lm+tls": _LM,
-    "lm+unix": _LM,
-    "redis": _REDIS,
-    "rediss": _REDIS,
-    "redis+cluster": _REDIS,
-    "redis+unix": _REDIS,
+    "memory": _Own(_memory),
+    "file": _Own(_file),
+    "lm": _Own(_lm),
+    "lm+tls": _Own(_lm),
+    "lm+unix": _Own(_lm),
+    "redis": _Own(_redis, "redis"),
+    "rediss": _Own(_redis, "redis"),
+    "redis+cluster": _Own(_redis, "redis"),
+    "redis+unix": _Own(_redis, "redis"),
 })  # fmt: skip
 
 
@@ -67,30 +94,30 @@ def open_storage(url: str, *, strict: bool = False) -> StorageBackend:
             without `strict`: what does not work at the start never will.
     """
     scheme = StorageURL.parse(url).scheme
-    backend = _factory(scheme)(url)
+    backend = _opener(scheme)(url)
     return backend if strict else GuardedStorage(backend, name=f"the {scheme}:// storage")
 
 
-def _factory(scheme: str) -> Callable[[str], StorageBackend]:
-    from importlib import metadata  # noqa: PLC0415 - half the time of importing this package
-
-    points = metadata.entry_points(group=GROUP)
-    if scheme in points.names:
-        loaded: Callable[[str], StorageBackend] = points[scheme].load()  # a broken package's own error comes through
-        return loaded
+def _opener(scheme: str) -> _Opener:
     if scheme not in _OWN:
-        known = [f"{name}:// (pip install 'agnostic-cache[{own.extra}]')" if own.extra else f"{name}://"
-                 for name, own in _OWN.items()]  # fmt: skip
-        known += [f"{name}://" for name in sorted(points.names)]
-        msg = f"no storage for {scheme}://; known: {', '.join(known)}"
-        raise StorageURLError(msg)
+        return _third_party(scheme)
     own = _OWN[scheme]
     try:
-        module = import_module(own.module)
+        return own.load()
     except ModuleNotFoundError as error:
         if own.extra is None:
             raise
         msg = f"{scheme}:// needs a library that is not installed ({error}); pip install 'agnostic-cache[{own.extra}]'"
         raise MissingExtraError(msg) from error
-    made: Callable[[str], StorageBackend] = getattr(module, own.name).from_url
-    return made
+
+
+def _third_party(scheme: str) -> _Opener:
+    points = entry_points(GROUP)
+    if scheme in points:
+        loaded: _Opener = points[scheme].load()  # a broken package's own error comes through
+        return loaded
+    known = [f"{name}:// (pip install 'agnostic-cache[{own.extra}]')" if own.extra else f"{name}://"
+             for name, own in _OWN.items()]  # fmt: skip
+    known += [f"{name}://" for name in sorted(points)]
+    msg = f"no storage for {scheme}://; known: {', '.join(known)}"
+    raise StorageURLError(msg)

@@ -24,6 +24,7 @@ import llama_tunix
 from agnostic_cache import KVLayout
 from agnostic_cache_adapters.jax import resume, store
 from agnostic_cache_adapters.transformers import generate
+from agnostic_cache_adapters.transformers.release import cache_of, generate_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +118,7 @@ class TorchLoop(Loop):
         """See `Loop.warm`."""
 
         def from_state(prompt: torch.Tensor, **settings: Any) -> Any:
-            return self.model.generate(prompt, past_key_values=state(), **settings)
+            return self.model.generate(prompt, **generate_argument(self.model, state()), **settings)
 
         return self._run(from_state, document + question, new_tokens)[0]
 
@@ -138,7 +139,7 @@ class TorchLoop(Loop):
             streamer=clock,
             return_dict_in_generate=True,
         )
-        return Answer(result.sequences[0, len(tokens) :].tolist(), clock.seconds), result.past_key_values
+        return Answer(result.sequences[0, len(tokens) :].tolist(), clock.seconds), cache_of(result)
 
     def template(self) -> DynamicCache:
         """See `Loop.template`."""

@@ -2,7 +2,7 @@
 
 import gc
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -10,7 +10,7 @@ from agnostic_cache import KVLayout, KVState, wrap
 from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Storage
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import HostArray
-from agnostic_cache.arrays.registry import adapter_named, register_adapter
+from agnostic_cache.arrays.registry import adapter_named, register_adapter, unregister_adapter
 from agnostic_cache.errors import MixedFrameworksError, StructureMismatchError
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.state.tree import Node, build
@@ -110,7 +110,11 @@ class ByteAdapter(Adapter):
         return freed
 
 
-register_adapter("bytes", ByteAdapter())
+@pytest.fixture(autouse=True, scope="module")
+def of_bytes() -> Iterator[None]:
+    register_adapter("bytes", ByteAdapter())
+    yield
+    unregister_adapter("bytes")
 
 
 class TestSixMethods(ArraySuite, ContainerSuite, RowsSuite, OwnershipSuite):

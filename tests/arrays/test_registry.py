@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 from host_memory import HostMemory
 
-from agnostic_cache.arrays.registry import Registry, adapter_for, adapter_named
+from agnostic_cache.arrays import registry as registries
+from agnostic_cache.arrays.registry import (
+    Registry,
+    adapter_for,
+    adapter_named,
+    register_adapter,
+    unregister_adapter,
+)
 from agnostic_cache.errors import MissingAdapterError, UnknownValueError
 
 FRAMEWORK = "class Array: ...\nclass Special(Array): ..."
@@ -33,6 +41,7 @@ shelved = shelved_adapters:adapter
 shelved_more = shelved_adapters:Derived
 no_such_framework = shelved_adapters:adapter
 shelved_broken = shelved_broken_adapter:adapter
+torch = shelved_broken_adapter:adapter
 """
 NAMES = ("shelved", "shelved_more", "shelved_adapters", "shelved_broken", "shelved_broken_adapter")
 
@@ -124,10 +133,11 @@ def test_the_error_of_a_broken_adapter_comes_through() -> None:
         Registry().of(object())
 
 
-def test_one_may_be_registered_by_hand() -> None:
-    class Mine(HostMemory):
-        framework = "mine"
+class Mine(HostMemory):
+    framework = "mine"
 
+
+def test_one_may_be_registered_by_hand() -> None:
     registry, mine = Registry(), Mine()
     registry.register("mine", mine)
     assert registry.named("mine") is mine
@@ -136,3 +146,99 @@ def test_one_may_be_registered_by_hand() -> None:
     registry.register("mine", again)
     assert registry.named("mine") is again
     assert adapter_for(mine.array(64)).framework != "mine"  # another registry
+
+
+def test_what_was_registered_by_hand_may_be_taken_back() -> None:
+    register_adapter("mine", Mine())
+    unregister_adapter("mine")
+    for unknown in ("mine", "host"):
+        with pytest.raises(MissingAdapterError):
+            unregister_adapter(unknown)
+    with pytest.raises(MissingAdapterError):
+        adapter_named("mine")
+    assert adapter_for(HostMemory().array(64)).framework == adapter_named("host").framework == "host"
+
+
+def test_one_that_is_registered_by_hand_hides_the_one_of_its_name_until_it_is_taken_back() -> None:
+    registry, mine = Registry(), Mine()
+    registry.register("shelved", mine)
+    __import__("shelved")
+    with pytest.raises(UnknownValueError):
+        registry.of(array())
+    assert "shelved_adapters" not in sys.modules
+    registry.unregister("shelved")
+    found = registry.of(array())
+    registry.register("shelved", mine)
+    registry.offer("shelved", found)
+    assert registry.named("shelved") is mine
+    registry.unregister("shelved")
+    assert registry.of(array()) is found
+
+
+def test_a_module_that_offers_its_adapter_needs_no_entry_point() -> None:
+    registry, mine = Registry(), Mine()
+    registry.offer("mine", mine)
+    assert registry.named("mine") is registry.of(mine.array(64)) is mine
+
+
+def test_an_entry_point_replaces_no_adapter_of_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = sys.modules.get("agnostic_cache_adapters.torch", types.SimpleNamespace(adapter=Mine()))
+    monkeypatch.setitem(sys.modules, "agnostic_cache_adapters.torch", loaded)
+    monkeypatch.setitem(sys.modules, "torch", sys.modules.get("torch", types.ModuleType("torch")))
+    assert loaded.adapter in Registry().adapters()
+
+
+def test_of_two_packages_with_one_name_the_first_on_the_path_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "first" / "first-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: first\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[agnostic_cache.adapters]\nshelved = shelved_adapters:Derived\n")
+    monkeypatch.syspath_prepend(info.parent)
+    assert type(Registry().named("shelved")).__name__ == "Derived"
+
+
+@pytest.mark.parametrize("error", [ImportError, KeyError, OSError, UnicodeDecodeError("utf-8", b"", 0, 1, "x")])
+def test_metadata_that_cannot_be_read_is_no_metadata(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception] | Exception
+) -> None:
+    def fail(**_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("importlib.metadata.entry_points", fail)
+    assert Registry().named("host").framework == "host"
+    assert len(caplog.records) == 1
+
+
+def test_an_error_names_the_type_that_no_adapter_knows() -> None:
+    @dataclasses.dataclass
+    class Record:
+        config: object
+        held: object
+
+    __import__("shelved_more")
+    registry = Registry()
+    registry.register("shelved", Mine())  # so that nothing knows its arrays
+    registry.register("shelved_more", Mine())
+    shaped = type("Shaped", (), {"shape": (), "__module__": "elsewhere"})()
+    for value in (array(), [array()], {"a": [None, {"b": (array(),)}]}, OrderedDict(a=Record(None, [array()]))):
+        with pytest.raises(UnknownValueError, match=r"shelved\.Array.*register"):
+            registry.of(value)
+    with pytest.raises(UnknownValueError, match=r"elsewhere\.Shaped"):  # rather than what comes before it
+        registry.of([Record(object(), "x"), shaped])
+    with pytest.raises(UnknownValueError, match=r"builtins\.dict holds no array"):
+        registry.of({"a": [], "b": None})
+
+
+def test_an_error_tells_how_to_get_an_adapter_of_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registries, "OWN_ADAPTERS", {"shelved_own": "no_such_module.shelved_own"})
+    monkeypatch.setitem(sys.modules, "shelved_own", types.ModuleType("shelved_own"))
+    value = type("Tensor", (), {"__module__": "shelved_own.sub"})()
+    with pytest.raises(
+        UnknownValueError, match=r"shelved_own\.sub\.Tensor.*agnostic-cache\[shelved_own\].*no_such_module"
+    ):
+        Registry().of({"x": value})
+    monkeypatch.delitem(sys.modules, "shelved_own")
+    with pytest.raises(MissingAdapterError, match=r"agnostic-cache\[shelved_own\]"):
+        Registry().named("shelved_own")

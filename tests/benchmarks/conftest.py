@@ -167,6 +167,8 @@ def demo() -> Demo:
     import torch  # noqa: PLC0415 - most benchmarks need none
     from transformers import DynamicCache  # noqa: PLC0415
 
+    from agnostic_cache_adapters.transformers.release import forward_argument  # noqa: PLC0415
+
     sys.path.insert(0, str(EXAMPLES))
     try:
         import smollm2  # noqa: PLC0415 - an example, found by its path
@@ -176,7 +178,7 @@ def demo() -> Demo:
     tokens = smollm2.document(tokenizer, PREFIX + 128)
     state = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.tensor([tokens[:PREFIX]]), past_key_values=state, logits_to_keep=1)
+        model(torch.tensor([tokens[:PREFIX]]), **forward_argument(model, state), logits_to_keep=1)
     return Demo(model, tokenizer, tokens, state)
 
 

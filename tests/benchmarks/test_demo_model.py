@@ -15,6 +15,7 @@ from agnostic_cache.eviction import PutStatus
 from agnostic_cache.storage.file import FileStorage
 from agnostic_cache.storage.memory import MemoryStorage
 from agnostic_cache.storage.tiered import TieredStorage
+from agnostic_cache_adapters.transformers.release import forward_argument, generate_argument
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +35,7 @@ def test_warm_time_to_first_token(new: int, demo: Demo, race: Race, report: Repo
             ids = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=fork,
+                **generate_argument(model, fork),
                 max_new_tokens=1,
                 do_sample=False,
             )
@@ -88,7 +89,7 @@ def test_decoding_while_states_are_written(demo: Demo, race: Race, report: Repor
         fork.layers = [copy.copy(layer) for layer in state.layers]
         with torch.inference_mode():
             for token in tokens[2048 : 2048 + 32]:
-                model(torch.tensor([[token]]), past_key_values=fork)
+                model(torch.tensor([[token]]), **forward_argument(model, fork))
 
     def decode_and_store() -> None:
         storage.put(f"block {next(turn)}", parts)

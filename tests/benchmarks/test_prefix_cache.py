@@ -18,6 +18,7 @@ from agnostic_cache.arrays.host import HostArray
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache_adapters.jax import resume, store
 from agnostic_cache_adapters.transformers import generate
+from agnostic_cache_adapters.transformers.release import generate_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,11 +82,12 @@ def test_warm_time_to_first_token(new: int, demo: Demo, race: Race, report: Repo
     def by_hand() -> int:
         fork = copy.copy(state)
         fork.layers = [copy.copy(layer) for layer in state.layers]
-        return int(model.generate(prompt, past_key_values=fork, **settings)[0, -1])
+        return int(model.generate(prompt, **generate_argument(model, fork), **settings)[0, -1])
 
     @torch.inference_mode()
     def by_recipe() -> int:
-        return int(model.generate(prompt, past_key_values=copy.deepcopy(state), **settings)[0, -1])
+        fork = copy.deepcopy(state)
+        return int(model.generate(prompt, **generate_argument(model, fork), **settings)[0, -1])
 
     assert by_cache() == by_hand() == by_recipe()
     assert cache.stats().hit_tokens == PREFIX

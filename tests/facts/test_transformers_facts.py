@@ -8,6 +8,14 @@ import torch
 from torch.utils import _pytree
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3NextConfig, StaticCache
 
+from agnostic_cache_adapters.transformers.release import (
+    cache_of,
+    forward_argument,
+    generate_argument,
+    generate_name,
+    is_callers,
+)
+
 CONFIG = LlamaConfig(
     hidden_size=32,
     intermediate_size=32,
@@ -104,15 +112,15 @@ def test_making_a_cache_of_tensors_copies_them() -> None:
 def test_generation_changes_the_cache_that_it_is_given_and_feeds_a_full_prompt_again(model: Any) -> None:
     prompt = torch.arange(20)[None] % 64
     with torch.no_grad():
-        cache = model(prompt, use_cache=True).past_key_values
+        cache = cache_of(model(prompt, use_cache=True))
     asked = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
     short = copy.copy(cache)
     short.layers = [copy.copy(layer) for layer in cache.layers]
     short.crop(-1)
-    model.generate(prompt, past_key_values=short, **asked)
+    model.generate(prompt, **generate_argument(model, short), **asked)
     assert short.get_seq_length() == 20 + 3
     assert cache.get_seq_length() == 20  # a copy of its containers is a fork
-    model.generate(prompt, past_key_values=cache, **asked)
+    model.generate(prompt, **generate_argument(model, cache), **asked)
     assert cache.get_seq_length() == 2 * 20 + 3  # silently, and the answer is wrong
 
 
@@ -120,6 +128,23 @@ def test_a_step_writes_after_the_rows_that_a_cache_has(model: Any) -> None:
     prompt = torch.arange(12)[None] % 64
     with torch.no_grad():
         wanted = model(prompt).logits[0, -1]
-        cache = model(prompt[:, :7], use_cache=True).past_key_values
-        found = model(prompt[:, 7:], past_key_values=cache).logits[0, -1]
+        cache = cache_of(model(prompt[:, :7], use_cache=True))
+        found = model(prompt[:, 7:], **forward_argument(model, cache)).logits[0, -1]
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_generate_marks_a_cache_that_its_caller_passed_and_none_that_it_made(model: Any) -> None:
+    seen: list[Any] = []
+
+    def look(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        seen.append(kwargs[generate_name(model)])
+        return input_ids
+
+    prompt = torch.arange(5)[None]
+    filled = cache_of(model(prompt[:, :3], use_cache=True))
+    own = [DynamicCache(), DynamicCache(config=CONFIG), StaticCache(CONFIG, max_cache_len=16), filled]
+    for passed in [None, *own, None]:
+        given = {} if passed is None else generate_argument(model, passed)
+        model.generate(prompt, **given, custom_generate=look, max_new_tokens=2, do_sample=False)
+    assert all(found is passed for found, passed in zip(seen[1:-1], own, strict=True))
+    assert list(map(is_callers, seen)) == [False, True, True, True, True, False]

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
 from jax_subject import JaxSubject, live_bytes, values
+from no_metadata import check_adapter
 
 from agnostic_cache import KVLayout, KVState, wrap
 from agnostic_cache.errors import LengthMismatchError, StructureMismatchError
@@ -242,3 +243,7 @@ class TestContainers:
         state = wrap(value, layout=layout)
         assert [state.leaves[name].role for name in ("k", "cache_index")] == [TOKENS(1), LENGTH]
         assert state.length == 5
+
+
+def test_no_metadata_is_needed() -> None:
+    check_adapter("flax", "__import__('jax').numpy.ones(2)")

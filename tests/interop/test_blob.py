@@ -18,6 +18,7 @@ from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.blob.state_blob import Blob, encode
 from agnostic_cache.state.layout import TOKENS
 from agnostic_cache.testing.subject import KV
+from agnostic_cache_adapters.transformers.release import forward_argument, generate_argument
 
 SUBJECTS = {"torch": TorchSubject(), "jax": JaxSubject()}
 
@@ -51,13 +52,14 @@ def test_a_cache_that_went_through_bytes_gives_the_same_tokens(model: Any) -> No
     ids = torch.arange(2, 42)[None]
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **forward_argument(model, cache))
     data = bytes(encode(wrap(cache), tokens=ids[0, :30].tolist()))
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     for _ in range(2):  # what the first one did to its cache, the second does not see
         restored: Any = Blob(data).state().to("torch").unwrap()
         assert type(restored) is DynamicCache
-        assert torch.equal(plain, model.generate(ids, past_key_values=restored, max_new_tokens=8, do_sample=False))
+        reused = model.generate(ids, **generate_argument(model, restored), max_new_tokens=8, do_sample=False)
+        assert torch.equal(plain, reused)
 
 
 def test_a_template_is_filled_from_bytes() -> None:

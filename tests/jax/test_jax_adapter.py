@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_subject import JaxSubject, live_bytes, make, values
+from no_metadata import check_adapter
 
 from agnostic_cache import KVLayout, KVState, SimpleLRUCache, wrap
 from agnostic_cache.arrays.dtypes import Dtype
@@ -535,3 +536,7 @@ class TestTunix:
         value = [{name: make((1, 5, 2, 4), Dtype.BFLOAT16, 0) for name in "kv"} for _ in range(2)]
         with pytest.raises(StructureMismatchError):
             wrap(value, layout=layout).unwrap(like=tunix(0))
+
+
+def test_no_metadata_is_needed() -> None:
+    check_adapter("jax", "jax.numpy.ones(2)")

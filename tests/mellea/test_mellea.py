@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from agnostic_cache import Cache, SimpleLRUCache, StateCache
 from agnostic_cache_adapters.torch import on_evict
+from agnostic_cache_adapters.transformers.release import generate_argument
 
 NEW_TOKENS = 4
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -125,7 +126,8 @@ def test_state_cache_hands_back_the_type_that_was_put(parts: tuple[Any, Any, tor
             assert all(map(torch.equal, tensors(found), tensors(value)))
     for _ in range(2):  # what is handed out may be used up
         found = ours.cache_get(key)
-        reused = model.generate(ids, past_key_values=found.kv_cache, max_new_tokens=NEW_TOKENS, do_sample=False)
+        fork = generate_argument(model, found.kv_cache)
+        reused = model.generate(ids, **fork, max_new_tokens=NEW_TOKENS, do_sample=False)
         assert reused.tolist() == wanted
 
 

@@ -65,7 +65,7 @@ def test_a_prompt_that_diverges_anywhere_hits_up_to_there(at: int) -> None:
     assert hit(cache, [*DOCUMENT[:at], 7, *DOCUMENT[at + 1 :], 8]) == at
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(KINDS),
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 40), st.integers(0, 2)), max_size=12),

@@ -62,7 +62,7 @@ class Counted(MemoryStorage):
         return super().put(key, blob)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(KINDS),
     st.sampled_from([1, 300, 2500]),

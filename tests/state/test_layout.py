@@ -1,6 +1,6 @@
 """KVLayout: what is declared of a leaf, and what two shapes tell."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
@@ -8,7 +8,7 @@ from agnostic_cache import KVLayout
 from agnostic_cache.arrays.adapter import ArraySpec
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host_adapter import HostAdapter
-from agnostic_cache.arrays.registry import register_adapter
+from agnostic_cache.arrays.registry import register_adapter, unregister_adapter
 from agnostic_cache.arrays.roles import axis_names
 from agnostic_cache.errors import LayoutUnknownError, StructureMismatchError
 from agnostic_cache.state.layout import LENGTH, SNAPSHOT, TOKENS, WINDOW
@@ -26,8 +26,10 @@ class Shapes(HostAdapter):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def shapes() -> None:
+def shapes() -> Iterator[None]:
     register_adapter("shapes", Shapes())
+    yield
+    unregister_adapter("shapes")
 
 
 def roles(layout: KVLayout, ndim: int, *names: str) -> list[object]:

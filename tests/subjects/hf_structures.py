@@ -35,6 +35,8 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, QuantizedCache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+from agnostic_cache_adapters.transformers.release import forward_argument, generate_argument
+
 VOCABULARY = 64
 PROMPT = 19
 WINDOW = 6
@@ -143,7 +145,7 @@ class Structure(NamedTuple):
         """Compute `ids` into a cache, after what it holds."""
         cache = self.fresh() if cache is None else cache
         name = "decoder_input_ids" if self.encoded else "input_ids"
-        self.model(**{**self.encoded, name: ids}, past_key_values=cache, use_cache=True)
+        self.model(**{**self.encoded, name: ids}, **forward_argument(self.model, cache), use_cache=True)
         return cache
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ class Structure(NamedTuple):
         name = "decoder_input_ids" if self.encoded else "input_ids"
         out = self.model.generate(
             **{**self.encoded, name: ids},
-            past_key_values=self.fresh() if cache is None else cache,
+            **generate_argument(self.model, self.fresh() if cache is None else cache),
             max_new_tokens=count,
             do_sample=False,
             **options,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from no_metadata import check_adapter
 from torch.testing._internal.two_tensor import TwoTensor
 from torch_subject import TorchSubject, live_bytes
 
@@ -272,3 +273,7 @@ class TestInfer:
     def test_a_cache_without_a_token_axis_is_refused(self) -> None:
         with pytest.raises(LayoutUnknownError):
             KVLayout.infer(lambda _: {"a": torch.zeros(3)}, framework="torch")
+
+
+def test_no_metadata_is_needed() -> None:
+    check_adapter("torch", "torch.ones(2)")

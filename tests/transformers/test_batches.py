@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from agnostic_cache import KVState, StateCache, wrap
 from agnostic_cache.errors import LengthMismatchError, StructureMismatchError
+from agnostic_cache_adapters.transformers.release import generate_argument
 
 LENGTHS = [5, 12, 9, 1]
 LONGEST = max(LENGTHS)
@@ -49,9 +50,8 @@ def prefill(structure: Structure, rows: list[torch.Tensor], count: int = 1) -> t
     """Let ``generate`` fill a cache with padded rows; return it with what it answered and its attention mask."""
     ids, mask = padded(rows)
     cache = structure.fresh()
-    out = structure.model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, do_sample=False
-    )
+    given = generate_argument(structure.model, cache)
+    out = structure.model.generate(ids, attention_mask=mask, **given, max_new_tokens=count, do_sample=False)
     return cache, out[:, ids.shape[1] :], mask
 
 
@@ -83,9 +83,8 @@ def test_rows_are_stacked_into_a_padded_batch(structure: Structure) -> None:
     assert stacked.length == LONGEST
     ids, mask = padded([torch.cat([prompt, ASKED], dim=1) for prompt in PROMPTS])
     with torch.no_grad():
-        out = structure.model.generate(
-            ids, attention_mask=mask, past_key_values=stacked.unwrap(), max_new_tokens=4, do_sample=False
-        )
+        given = generate_argument(structure.model, stacked.unwrap())
+        out = structure.model.generate(ids, attention_mask=mask, **given, max_new_tokens=4, do_sample=False)
     for prompt, found in zip(PROMPTS, out[:, ids.shape[1] :].tolist(), strict=True):
         assert found == structure.answer(torch.cat([prompt, ASKED], dim=1))
 

@@ -20,6 +20,7 @@ from transformers import (
 from agnostic_cache import PrefixCache, model_fingerprint
 from agnostic_cache.errors import CacheBypassWarning
 from agnostic_cache_adapters.transformers import cached, generate, reuse
+from agnostic_cache_adapters.transformers.release import forward_argument, generate_argument
 
 NEW = 4
 DOCUMENT = hf_structures.tokens(20, seed=3)[0].tolist()
@@ -96,8 +97,8 @@ def test_use_cache_false(model: Any) -> None:
 def test_a_cache_of_the_caller(model: Any) -> None:
     mine = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.tensor([PROMPT[:7]]), past_key_values=mine)
-    bypasses(model, {**inputs(PROMPT), "past_key_values": mine})
+        model(torch.tensor([PROMPT[:7]]), **forward_argument(model, mine))
+    bypasses(model, {**inputs(PROMPT), **generate_argument(model, mine)})
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded"])
@@ -369,9 +370,9 @@ def test_the_decoding_method_bypasses_too(model: Any) -> None:
     assert torch.equal(out, model.generate(**given))
     mine = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(torch.tensor([PROMPT[:7]]), past_key_values=mine)
+        model(torch.tensor([PROMPT[:7]]), **forward_argument(model, mine))
     with pytest.warns(CacheBypassWarning):
-        out = model.generate(**inputs(PROMPT), past_key_values=mine, custom_generate=cached(cache))
+        out = model.generate(**inputs(PROMPT), **generate_argument(model, mine), custom_generate=cached(cache))
     assert torch.equal(out, model.generate(**inputs(PROMPT)))
 
 

@@ -13,6 +13,7 @@ import torch
 
 from agnostic_cache import PrefixCache, model_fingerprint
 from agnostic_cache_adapters.transformers import cached, generate, reuse
+from agnostic_cache_adapters.transformers.release import cache_of, generate_argument
 
 NEW = 3
 BLOCK = 8
@@ -158,10 +159,10 @@ def test_what_comes_back_is_what_generate_gives(model: Any) -> None:
         assert type(out) is type(expected)
         assert torch.equal(out.sequences, expected.sequences)
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(out.scores, expected.scores, strict=True))
-        assert out.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+        assert cache_of(out).get_seq_length() == cache_of(expected).get_seq_length()
     more = model.generate(
         torch.cat([out.sequences, ids[:, :2]], dim=1),
-        past_key_values=out.past_key_values,
+        **generate_argument(model, cache_of(out)),
         max_new_tokens=2,
         do_sample=False,
     )

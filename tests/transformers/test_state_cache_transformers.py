@@ -10,6 +10,7 @@ from torch_subject import live_bytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from agnostic_cache import StateCache
+from agnostic_cache_adapters.transformers.release import cache_of, forward_argument, generate_argument
 
 LAYERS, TOKENS = 3, 12
 SIZE = LAYERS * 2 * 2 * TOKENS * 8 * 4  # bytes of one cache
@@ -49,13 +50,14 @@ def test_what_is_put_comes_back_as_the_same_type() -> None:
 def test_generation_on_what_get_gives_leaves_the_entry_alone(model: Any) -> None:
     cache = StateCache("1MiB")
     ids = torch.arange(2, 2 + TOKENS)[None]
-    cache.put("a", model(ids, use_cache=True).past_key_values)
+    cache.put("a", cache_of(model(ids, use_cache=True)))
     with cache.borrow("a") as lent:
         before = [tensor.clone() for tensor in tensors(lent)]
     for last in range(3, 9):
         asked = torch.cat([ids, torch.tensor([[last]])], dim=1)
         plain = model.generate(asked, max_new_tokens=4, do_sample=False)
-        reused = model.generate(asked, past_key_values=cache.get("a"), max_new_tokens=4, do_sample=False)
+        fork = generate_argument(model, cache.get("a"))
+        reused = model.generate(asked, **fork, max_new_tokens=4, do_sample=False)
         assert torch.equal(plain, reused)
     with cache.borrow("a") as lent:
         assert all(map(torch.equal, tensors(lent), before))
@@ -96,12 +98,13 @@ def test_a_fork_keeps_what_was_evicted() -> None:
 def test_a_fork_that_has_grown_shares_nothing_any_more(model: Any, *, evicted: bool) -> None:
     cache = StateCache("1MiB")
     ids = torch.arange(2, 2 + TOKENS)[None]
-    cache.put("a", model(ids, use_cache=True).past_key_values)
+    cache.put("a", cache_of(model(ids, use_cache=True)))
     fork: Any = cache.get("a")
     if evicted:
         cache.remove("a")
     assert cache.stats().shared_bytes == SIZE
-    model.generate(torch.cat([ids, ids[:, :1]], dim=1), past_key_values=fork, max_new_tokens=2, do_sample=False)
+    asked = torch.cat([ids, ids[:, :1]], dim=1)
+    model.generate(asked, **generate_argument(model, fork), max_new_tokens=2, do_sample=False)
     assert fork.get_seq_length() > TOKENS
     assert cache.stats().shared_bytes == 0
 
@@ -136,7 +139,7 @@ def test_a_cache_that_is_written_in_place_is_copied(model: Any) -> None:
     cache = StateCache("1MiB")
     static: Any = StaticCache(config=CONFIG, max_cache_len=TOKENS + 8)
     ids = torch.arange(2, 2 + TOKENS)[None]
-    model(ids, past_key_values=static, use_cache=True)
+    model(ids, **forward_argument(model, static), use_cache=True)
     cache.put("a", static)
     one: Any = cache.get("a")
     assert type(one) is StaticCache

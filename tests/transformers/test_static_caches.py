@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from agnostic_cache import wrap
 from agnostic_cache.errors import StructureMismatchError
+from agnostic_cache_adapters.transformers.release import forward_argument
 
 IDS = tokens(PROMPT)
 KINDS = ["llama_static", "gemma3_static", "deepseek_v32_static"]
@@ -92,7 +93,8 @@ def test_a_compiled_model_goes_on_without_compiling_again() -> None:
         found, token = [], IDS[:, -1:]
         for _ in range(3):
             with torch.no_grad():
-                token = step(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                logits = step(token, **forward_argument(structure.model, cache), use_cache=True).logits
+                token = logits[:, -1].argmax(-1, keepdim=True)
             found.append(int(token))
         return found
 

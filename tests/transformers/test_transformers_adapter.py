@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hf_structures import SIZES
+from no_metadata import check_adapter
 from torch_subject import TorchSubject, live_bytes
 from transformers import (
     DynamicCache,
@@ -36,6 +37,7 @@ from agnostic_cache.state.layout import SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.state.tree import Node, build
 from agnostic_cache.testing import AdapterSuite
 from agnostic_cache_adapters.transformers import TransformersAdapter, on_evict
+from agnostic_cache_adapters.transformers.release import cache_of, forward_argument, generate_argument
 
 WINDOW_TOKENS = 6
 PROMPT = 14
@@ -57,13 +59,15 @@ class Tiny:
 
     @torch.no_grad()
     def generate(self, ids: torch.Tensor, cache: Any) -> list[int]:
-        out = self.model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        given = generate_argument(self.model, cache)
+        out = self.model.generate(ids, **given, max_new_tokens=3, do_sample=False)
         tokens: list[int] = out[0, ids.shape[1] :].tolist()
         return tokens
 
     @torch.no_grad()
     def prefill(self, length: int, cache: Any = None, *, start: int = 0) -> Any:
-        return self.model(self.ids[:, start:length], past_key_values=cache, use_cache=True).past_key_values
+        given = forward_argument(self.model, cache)
+        return cache_of(self.model(self.ids[:, start:length], **given, use_cache=True))
 
     def recorded(self, length: int) -> DynamicCache:
         """Prefill a cache that keeps every row of its windows."""
@@ -592,3 +596,7 @@ class TestOnEvict:
         assert kept.release() == 0
         assert all(map(torch.equal, tensors(fork), before))
         assert on_evict(fork) == 4 * 2 * 5 * 8 * 4
+
+
+def test_no_metadata_is_needed() -> None:
+    check_adapter("transformers", "__import__('torch').ones(2)")

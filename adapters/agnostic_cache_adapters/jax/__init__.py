@@ -21,6 +21,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from agnostic_cache.arrays.adapter import Adapter, ArraySpec, Fill, Opened, Storage
 from agnostic_cache.arrays.dtypes import Dtype
 from agnostic_cache.arrays.host import ALIGNMENT, HostArray
+from agnostic_cache.arrays.registry import adapter_named, offer_adapter
 from agnostic_cache.errors import (
     DeletedArrayError,
     StructureMismatchError,
@@ -443,6 +444,7 @@ def _writable(array: jax.Array) -> np.ndarray[Any, Any]:
 
 
 adapter = JaxAdapter()
+offer_adapter("jax", adapter)
 
 
 def on_evict(value: object) -> int:
@@ -460,7 +462,5 @@ def on_evict(value: object) -> int:
     Returns:
         The bytes of the arrays that were deleted; a live NumPy or DLPack view keeps its memory until it dies.
     """
-    from agnostic_cache.arrays.registry import adapter_named  # noqa: PLC0415 - the registry may load a derived adapter
-
     best = adapter_named("jax")
     return best.release(strip(value, best))

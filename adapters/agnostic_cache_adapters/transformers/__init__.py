@@ -12,6 +12,7 @@ import torch
 from transformers import cache_utils
 
 from agnostic_cache.arrays.adapter import Opened
+from agnostic_cache.arrays.registry import offer_adapter
 from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, Hint, axis_names
 from agnostic_cache.errors import StructureMismatchError
 from agnostic_cache_adapters.torch import TorchAdapter, on_evict
@@ -199,3 +200,4 @@ def _batch_first(ndim: int) -> tuple[str, ...]:
 
 
 adapter = TransformersAdapter()
+offer_adapter("transformers", adapter)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import cache_utils
 
+from agnostic_cache_adapters.transformers import release
+
 
 class Pieces(NamedTuple):
     """Adjacent pieces of one tensor, which nobody writes: `torch.cat(tensors, axis)`, not done yet."""
@@ -26,7 +28,9 @@ class BlockLayer(cache_utils.DynamicLayer):
     def __init__(self, keys: Pieces, values: Pieces) -> None:
         """Share the pieces; writes none of them."""
         first = keys.tensors[0]
-        vars(self).update(pieces=(keys, values), is_initialized=True, dtype=first.dtype, device=first.device)
+        vars(self).update(pieces=(keys, values), is_initialized=True, device=first.device)
+        if release.NOTES_DTYPE:
+            self.dtype = first.dtype
 
     def update(
         self,

@@ -18,7 +18,7 @@ from agnostic_cache.arrays.roles import SNAPSHOT, TOKENS, WINDOW
 from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
-from agnostic_cache_adapters.transformers import layers
+from agnostic_cache_adapters.transformers import layers, release
 from agnostic_cache_adapters.transformers.weights import stamp
 
 _MODES = (
@@ -33,7 +33,7 @@ _KEYED = {"position_ids", "token_type_ids", "mm_token_type_ids", *MULTIMODAL_INP
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
-UNKNOWN_KIND = "a cache of a kind that is not known"
+UNKNOWN_KIND = "a cache of a kind that is not known, or that keeps no rows of tokens"
 
 
 class Prompts(NamedTuple):
@@ -70,7 +70,10 @@ def fresh_cache(model: Any) -> Any:
 
 
 def kinds_of(kv: Any) -> Kinds | None:
-    """Say what the layers of an empty cache keep; None where one of them is not known."""
+    """Say what the layers of an empty cache keep; None where one of them is not known, or none keeps rows of tokens.
+
+    Without rows of tokens, as in Mamba, a cache does not tell its length: ``generate`` feeds it the whole prompt again.
+    """
     if kv is None:
         return None
     plans = [layers.plan(layer) for layer in kv.layers]
@@ -79,6 +82,8 @@ def kinds_of(kv: Any) -> Kinds | None:
     # Plans are made once per kind of layer: most layers have the same.
     different = {id(plan): plan for plan in plans if plan is not None}.values()
     roles = [part.hint.role for plan in different for part in plan.parts.values()]
+    if not any(isinstance(role, TOKENS | WINDOW) for role in roles):
+        return None
     stride = math.lcm(*(role.stride for role in roles if isinstance(role, TOKENS)))
     return Kinds(any(isinstance(role, WINDOW) for role in roles), SNAPSHOT in roles, stride)
 
@@ -103,8 +108,11 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return "the model goes on from a state by one token at a time only"
     if not config.use_cache:
         return "use_cache=False"
-    if inputs.get("past_key_values") is not None:
-        return "past_key_values of the caller"
+    own = [name for name in release.CACHE_NAMES if inputs.get(name) is not None]
+    if own:
+        return f"{own[0]} of the caller"
+    if release.forward_name(model) != release.generate_name(model):
+        return "the model's forward takes no cache by the name that generate passes it by"
     if config.cache_implementation not in {None, "dynamic"}:
         return f"cache_implementation={config.cache_implementation!r}"
     if config.token_healing:

@@ -9,7 +9,7 @@ import torch
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache_adapters.transformers import calls, prefill
+from agnostic_cache_adapters.transformers import calls, prefill, release
 
 _OF_GENERATE = (
     "inputs",
@@ -33,6 +33,7 @@ _REFUSED = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention
 def generate(
     model: Any,
     cache: PrefixCache,
+    /,
     inputs: torch.Tensor | None = None,
     *,
     checkpoints: Sequence[int] = (),
@@ -57,7 +58,8 @@ def generate(
         write: Whether to store.
         single_flight: Whether to wait where another thread computes the same prefix.
         ttl_seconds: How long what is stored stays valid.
-        **arguments: Of ``model.generate``.
+        **arguments: Of ``model.generate``. A KV cache of your own, by the name that transformers gives it (``cache=``,
+            ``past_key_values=``), empty or not, bypasses ours: ``model.generate`` fills it.
 
     Returns:
         What ``model.generate`` returns.
@@ -76,15 +78,16 @@ def generate(
     plan = _Plan.of(model, use, config, asked, mask)
     if plan is None:
         return plain(**arguments)
-    result = plain(**plan.reduced(arguments), past_key_values=plan.kv)
+    result = plain(**plan.reduced(arguments), **release.generate_argument(model, plan.kv))
     plan.store(result)
     return result
 
 
-def cached(cache: PrefixCache, **settings: Any) -> Callable[..., Any]:
+def cached(cache: PrefixCache, /, **settings: Any) -> Callable[..., Any]:
     """Return a decoding method: ``model.generate(**inputs, custom_generate=cached(cache))``.
 
     transformers hands no ``streamer`` and no ``tokenizer`` to such methods; where these are wanted, use `generate`.
+    A KV cache that ``model.generate`` is given bypasses ours, as in `generate`.
 
     Args:
         cache: As in `generate`.
@@ -104,10 +107,10 @@ def cached(cache: PrefixCache, **settings: Any) -> Callable[..., Any]:
         method = getattr(type(model), name)
         if name == "_assisted_decoding":
             kwargs["inputs_tensor"] = inputs_tensor
-        asked = {name: value for name, value in kwargs.items() if name not in {"inputs_tensor", "past_key_values"}}
-        own = kwargs.get("past_key_values")
-        if own is not None and own.get_seq_length():
-            asked["past_key_values"] = own
+        kv_name = release.generate_name(model)
+        asked = {name: value for name, value in kwargs.items() if name != "inputs_tensor"}
+        if not release.is_callers(asked.get(kv_name)):
+            asked.pop(kv_name, None)
         plan = _Plan.of(
             model,
             prefill.Use(cache, **settings),
@@ -117,7 +120,7 @@ def cached(cache: PrefixCache, **settings: Any) -> Callable[..., Any]:
             expanded=True,
         )
         if plan is not None:
-            kwargs = {**plan.reduced(kwargs), "past_key_values": plan.kv}
+            kwargs = {**plan.reduced(kwargs), kv_name: plan.kv}
         result = method(
             model,
             input_ids,
@@ -134,8 +137,10 @@ def cached(cache: PrefixCache, **settings: Any) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def reuse(model: Any, cache: PrefixCache, **settings: Any) -> Iterator[None]:
+def reuse(model: Any, cache: PrefixCache, /, **settings: Any) -> Iterator[None]:
     """Let every ``model.generate`` in a ``with`` block be `generate`: pipelines and agents work unmodified.
+
+    A call that passes a KV cache of its own bypasses ours, as in `generate`.
 
     Args:
         model: As in `generate`.
@@ -210,9 +215,8 @@ class _Plan:
 
     def reduced(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments without what the loaded prefix has taken up already."""
-        left = {name: value for name, value in arguments.items() if name not in self.dropped}
-        left.pop("past_key_values", None)
-        return left
+        gone = {*self.dropped, *release.CACHE_NAMES}  # a cache of None is in the way of ours
+        return {name: value for name, value in arguments.items() if name not in gone}
 
     def store(self, result: Any) -> None:
         """Store what is new after a call: prompt and answer of one row, the prompts of several."""

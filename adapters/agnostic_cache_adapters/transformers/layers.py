@@ -2,7 +2,7 @@
 
 A class is known exactly: what a subclass does with its arrays, nobody here can tell. Roles follow from how a class
 writes. Dynamic layers grow by concatenation and never write in place, so that their arrays are frozen; static and
-linear layers write in place. Source: ``transformers/cache_utils.py`` and ``models/deepseek_v4``, version 5.23.
+linear layers write in place. Source: ``transformers/cache_utils.py`` and ``models/deepseek_v4``, versions 5.23, 5.24.
 """
 
 import functools
@@ -15,6 +15,7 @@ from transformers import cache_utils
 
 from agnostic_cache.arrays.roles import LENGTH, SNAPSHOT, TOKENS, WINDOW, Hint
 from agnostic_cache.errors import StructureMismatchError
+from agnostic_cache_adapters.transformers import release
 
 AXES: Final = ("batch", "heads", "tokens", "dim")
 _COMPRESSED = {
@@ -40,7 +41,14 @@ _CLASSES: Final[dict[str, type]] = {
         cache_utils.DummyLayer,
     )
 }
-_SETTINGS: Final = ("sliding_window", "max_cache_len", "number_of_states", "compress_rate", "record_past")
+_SETTINGS: Final = (
+    "sliding_window",
+    "max_cache_len",
+    "number_of_states",
+    "compress_rate",
+    "record_past",
+    "_is_croppable",
+)
 _STATE = Hint(SNAPSHOT, ())  # axes as the array has them
 
 
@@ -143,13 +151,9 @@ def rewind(layer: Any) -> None:
 def dynamic_layer(keys: torch.Tensor, values: torch.Tensor) -> Any:
     """Make a `DynamicLayer` around keys and values, without its constructor: most layers are of this class."""
     layer: Any = object.__new__(cache_utils.DynamicLayer)
-    layer.__dict__ = {
-        "keys": keys,
-        "values": values,
-        "is_initialized": True,
-        "dtype": keys.dtype,
-        "device": keys.device,
-    }
+    layer.__dict__ = {"keys": keys, "values": values, "is_initialized": True, "device": keys.device}
+    if release.NOTES_DTYPE:
+        layer.dtype = keys.dtype
     return layer
 
 
@@ -161,7 +165,7 @@ def _class(name: str) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _plan(name: str, *settings: Any) -> Plan | None:
-    window, room, states, rate, record = settings
+    window, room, states, rate, record, croppable = settings
     kind = _class(name)
     if kind is None:
         return None
@@ -170,6 +174,8 @@ def _plan(name: str, *settings: Any) -> Plan | None:
     fresh = vars(kind(sliding_window=window or room, max_cache_len=room, number_of_states=states or 1, config=config))
     if record is not None:
         fresh["record_past"] = record
+    if "_is_croppable" in fresh:  # compares the window with a length that the layer does not keep
+        fresh["_is_croppable"] = bool(croppable)
     dicts = {name: child for name, child in fresh.items() if isinstance(child, dict)}
     numbers = {name: int(child) for name, child in fresh.items() if isinstance(child, torch.Tensor)}
     plain = {name: child for name, child in fresh.items() if name not in {*dicts, *numbers}}
@@ -216,7 +222,9 @@ def _settle(layer: Any, held: dict[str, Any], length: int) -> None:
     """Set what a layer says of its arrays beside them."""
     keys = held.get("keys")
     if keys is not None:
-        held["dtype"], held["device"], held["is_initialized"] = keys.dtype, keys.device, True
+        held["device"], held["is_initialized"] = keys.device, True
+        if release.NOTES_DTYPE:
+            held["dtype"] = keys.dtype
         if "max_cache_len" in held:
             _settle_static(layer, length)
         elif "cumulative_length" in held:

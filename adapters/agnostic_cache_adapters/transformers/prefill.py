@@ -7,7 +7,7 @@ import torch
 from transformers import cache_utils
 
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache_adapters.transformers import layers
+from agnostic_cache_adapters.transformers import layers, release
 from agnostic_cache_adapters.transformers.blocks import BlockLayer
 from agnostic_cache_adapters.transformers.calls import Kinds, Prompts, fresh_cache
 
@@ -93,7 +93,7 @@ def _advance(model: Any, use: Use, kv: Any, tokens: list[int], start: int, stop:
         layer.activate_past_recording()
     ids = torch.tensor([tokens[start:stop]], device=model.device)
     keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}  # noqa: SLF001 - what generate asks
-    model(input_ids=ids, past_key_values=kv, use_cache=True, **keep)
+    model(input_ids=ids, use_cache=True, **release.forward_argument(model, kv), **keep)
     use.insert(tokens[:stop], kv)
     for layer in recorded:
         layer.record_past = False

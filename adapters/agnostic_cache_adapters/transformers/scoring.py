@@ -7,7 +7,7 @@ import torch
 
 from agnostic_cache.errors import InvalidTokensError
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache_adapters.transformers import calls, prefill
+from agnostic_cache_adapters.transformers import calls, prefill, release
 
 
 class Score(NamedTuple):
@@ -25,6 +25,7 @@ class Score(NamedTuple):
 def score(
     model: Any,
     cache: PrefixCache,
+    /,
     context: Sequence[int],
     continuations: Sequence[Sequence[int]],
     *,
@@ -52,6 +53,7 @@ def score(
 def scores(
     model: Any,
     cache: PrefixCache,
+    /,
     context: Sequence[int],
     continuations: Sequence[Sequence[int]],
     *,
@@ -87,7 +89,9 @@ def _scored(model: Any, context: list[int], continuations: list[list[int]], kv: 
     ids = torch.tensor([[*context[known:], *row, *[0] * (longest - 1 - len(row))] for row in rows], device=model.device)
     if kv is not None and known and len(rows) > 1:
         prefill.repeat(kv.layers, len(rows))
-    settings: dict[str, Any] = {"use_cache": False} if kv is None else {"use_cache": True, "past_key_values": kv}
+    settings: dict[str, Any] = {"use_cache": kv is not None}
+    if kv is not None:
+        settings |= release.forward_argument(model, kv)
     if model._supports_logits_to_keep():  # noqa: SLF001 - what generate asks
         settings["logits_to_keep"] = longest
     # What stands behind a shorter row changes nothing before it.
