@@ -27,6 +27,7 @@ TOKENS: Final = 48
 
 _HALF: Final = 24
 _WINDOW: Final = 16
+_ALL: Final = 1 << 20  # tokens to select: all there are
 _PIECES: Final = (19, 20, 4, 4, 1)
 _ROWS: Final = (23, 40)  # lengths of two prefixes of one batch, each continued by `_MORE` tokens
 _MORE: Final = 8
@@ -73,6 +74,7 @@ class Proof(NamedTuple):
         rows: Whether its state may stand in a row with left padding.
         marked: Whether a prefix can also be reused in calls that pass ``token_type_ids``.
         limit: The tokens up to which that was seen; None where nothing begins to act later.
+        selected: Whether that was seen, too, where the model sees only those tokens that score highest.
         why: What is wrong, first of all.
         detail: More about it: the class of an error.
         ratios: Each difference in units of rounding noise.
@@ -82,6 +84,7 @@ class Proof(NamedTuple):
     rows: bool = False
     marked: bool = False
     limit: int | None = None
+    selected: bool = True
     why: Why | None = None
     detail: str = ""
     ratios: Mapping[str, float] = {}
@@ -100,10 +103,12 @@ def prove(model: Any) -> Proof:
     with undisturbed(model.device):
         proof, proving = _prove_once(model)
         later = windows.of(proving.model.config, TOKENS)
+        selecting = [each for each in later if each.acts is windows.Acts.SELECTS]
         if proof.prefix:
-            proof = _prove_within(proving, proof, [each for each in later if each.acts is not windows.Acts.SELECTS])
-        if proof.prefix:
-            proof = _prove_selecting(proving, proof, [each for each in later if each.acts is windows.Acts.SELECTS])
+            proof = _prove_within(proving, proof, [each for each in later if each not in selecting])
+        if proof.prefix and selecting:
+            # Ties of a selection fall at random: a difference there is no more than unproven.
+            proof = proof._replace(selected=_shrunk(proving, selecting)[0].prefix)
         return proof
 
 
@@ -139,21 +144,10 @@ def _prove_within(proving: "_Proving", proof: Proof, found: list[windows.Window]
     return proof._replace(limit=min(cutting or [each.value for each in found]) - 1, ratios=ratios)
 
 
-def _prove_selecting(proving: "_Proving", proof: Proof, found: list[windows.Window]) -> Proof:
-    """Prove again with fewer tokens selected: ties fall at random, so that a difference is no more than unproven."""
-    if not found:
-        return proof
-    within, changed = _shrunk(proving, found)
-    if within.prefix and changed:
-        return proof
-    limit = min(each.value for each in found)
-    return proof._replace(limit=limit if proof.limit is None else min(limit, proof.limit))
-
-
 def _shrunk(proving: "_Proving", found: list[windows.Window]) -> tuple[Proof, bool]:
     """Return the proof of the copy with small windows, and whether that computes something else."""
     before = proving.one
-    windows.shrink(proving.model, found, _WINDOW)
+    windows.resize(proving.model, found, _WINDOW)
     try:
         proof = proving.proof()
     except _OUT_OF_MEMORY:
@@ -173,6 +167,7 @@ class _Proving(Runs):
 
     def __init__(self, copied: Any, dtype: torch.dtype) -> None:
         super().__init__(copied)
+        windows.resize(copied, [each for each in windows.of(copied.config) if each.acts is windows.Acts.SELECTS], _ALL)
         self.limit = _LIMITS[dtype]
         self.one = torch.empty(0)
         self._eps = torch.finfo(dtype).eps / 2

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 
 from agnostic_cache.process import forks
+from agnostic_cache_adapters.transformers import windows
 from agnostic_cache_adapters.transformers.model_copy import without_compiler
 from agnostic_cache_adapters.transformers.modeling_source import digest_of, marks_of, rope_switch
 from agnostic_cache_adapters.transformers.proof import SENTENCES, Proof, Why, prove
@@ -99,16 +100,16 @@ class Verdicts:
         table = _shipped() if self._table is None else self._table
         known = _proof_of(table.get(digest))
         if known is not None:
-            return _within_rope(_verdict(known, "table"), model)
+            return _of_config(known, "table", model.config)
         key = _key(model, digest)
         path = (self._directory or default_directory()) / f"{key}.json"
         known = _proof_of(_read(path, key))
         if known is not None:
-            return _within_rope(_verdict(known, "disk"), model)
+            return _of_config(known, "disk", model.config)
         proof = prove(model)
         if proof.why not in _PASSING:
             _write(path, {"key": key, **record_of(proof)})
-        return _within_rope(_verdict(proof, "proof"), model)
+        return _of_config(proof, "proof", model.config)
 
 
 def record_of(proof: Proof) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def record_of(proof: Proof) -> dict[str, Any]:
         "rows": proof.rows,
         "marked": proof.marked,
         "limit": proof.limit,
+        "selected": proof.selected,
         "why": proof.why and proof.why.value,
         "detail": proof.detail[:200],
     }
@@ -170,11 +172,11 @@ def _verdict(proof: Proof, source: Literal["table", "disk", "proof"]) -> Verdict
     return Verdict(proof.prefix, proof.rows, proof.limit, reason, source, proof.why, proof.marked)
 
 
-def _within_rope(verdict: Verdict, model: Any) -> Verdict:
-    """Limit a verdict to the tokens up to which this config's rotary embedding does not depend on their number."""
-    switch = rope_switch(model.config)
-    limits = [limit for limit in (switch, verdict.limit) if limit is not None]
-    return verdict._replace(limit=min(limits, default=None))
+def _of_config(proof: Proof, source: Literal["table", "disk", "proof"], config: Any) -> Verdict:
+    """Return the verdict on a model of this config, limited to where it begins to compute what was not proven."""
+    selected = None if proof.selected else windows.selected(config)
+    limits = [limit for limit in (proof.limit, rope_switch(config), selected) if limit is not None]
+    return _verdict(proof._replace(limit=min(limits, default=None)), source)
 
 
 def _key(model: Any, digest: str) -> str:
@@ -190,13 +192,13 @@ def _key(model: Any, digest: str) -> str:
 def _proof_of(record: Any) -> Proof | None:
     """Return a record as a proof; None where it is none."""
     try:
-        prefix, rows, marked, limit = (record[name] for name in ("prefix", "rows", "marked", "limit"))
-        why, detail = record["why"] and Why(record["why"]), record["detail"]
+        prefix, rows, marked, selected = (record[name] for name in ("prefix", "rows", "marked", "selected"))
+        limit, why, detail = record["limit"], record["why"] and Why(record["why"]), record["detail"]
     except (KeyError, TypeError, ValueError):
         return None
-    right = all(type(one) is bool for one in (prefix, rows, marked)) and isinstance(detail, str)
+    right = all(type(one) is bool for one in (prefix, rows, marked, selected)) and isinstance(detail, str)
     right = right and record.get("format") == _FORMAT and (limit is None or (type(limit) is int and limit >= 0))
-    return Proof(prefix, rows, marked, limit, why, detail) if right and (prefix or why) else None
+    return Proof(prefix, rows, marked, limit, selected, why, detail) if right and (prefix or why) else None
 
 
 def _read(path: Path, key: str) -> Any:

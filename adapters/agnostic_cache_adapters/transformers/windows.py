@@ -1,4 +1,4 @@
-"""Windows in the config of a model: lengths from which on it computes otherwise, and a copy whose windows are small."""
+"""Windows in the config of a model: lengths from which on it computes otherwise; and a copy with other windows."""
 
 import enum
 import re
@@ -36,8 +36,8 @@ class Window(NamedTuple):
 _LARGEST: Final = 1 << 30  # what stands for no window in some configs is larger
 
 
-def of(config: Any, at_least: int) -> list[Window]:
-    """Return the windows of a config and of its text config that are as long as `at_least`, or longer."""
+def of(config: Any, at_least: int = 1) -> list[Window]:
+    """Return the windows of a config and of its text config, of `at_least` so many tokens."""
     text = config.get_text_config(decoder=True)
     return [
         Window(each, name, value, acts)
@@ -49,8 +49,13 @@ def of(config: Any, at_least: int) -> list[Window]:
     ]
 
 
-def shrink(copied: Any, found: Sequence[Window], tokens: int) -> None:
-    """Set windows of a model's copy to `tokens`: in its configs, and in each module that has noted one of them."""
+def selected(config: Any) -> int | None:
+    """Return the tokens of which a model sees all; None where it never selects."""
+    return min((each.value for each in of(config) if each.acts is Acts.SELECTS), default=None)
+
+
+def resize(copied: Any, found: Sequence[Window], tokens: int) -> None:
+    """Set windows of a model's copy to `tokens`, in its configs, and in each module that has noted one of them."""
     values = {(acts, value) for _, _, value, acts in found}
     for config, name, _, _ in found:
         setattr(config, name, tokens)
