@@ -19,6 +19,7 @@ from typing import Any
 
 import architectures
 import transformers
+from architecture_fields import FIELDS
 
 from agnostic_cache_adapters import transformers as adapter
 from agnostic_cache_adapters.transformers.modeling_source import digest_of
@@ -97,7 +98,7 @@ def _prove(kind: str, family: str, told: Any) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     for variant in [{}, *(VARIANTS.get(kind, []) if family == "causal" else [])]:
-        architectures.FIELDS[kind] = {**architectures.FIELDS.get(kind, {}), **variant}  # of this process alone
+        FIELDS[kind] = {**FIELDS.get(kind, {}), **variant}  # of this process alone
         try:
             model = architectures.tiny(kind, family)
             record = {"digest": digest_of(model), "type": kind, "transformers": transformers.__version__}

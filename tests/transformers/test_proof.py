@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from agnostic_cache_adapters.transformers import full_precision, proof, verdicts
 from agnostic_cache_adapters.transformers.modeling_source import digest_of
-from agnostic_cache_adapters.transformers.proof import Why, prove
+from agnostic_cache_adapters.transformers.proof import Proof, Why, prove
 from agnostic_cache_adapters.transformers.runs import texts
 from agnostic_cache_adapters.transformers.verdicts import Verdicts, record_of
 
@@ -88,9 +88,9 @@ class LooksAhead(LlamaForCausalLM):
 
 
 def test_what_looks_ahead_is_found(own: Verdicts, llama: Any) -> None:
-    model = LooksAhead(llama.config).eval()
+    model: Any = LooksAhead(llama.config)
     model.load_state_dict(llama.state_dict())
-    assert own.of(model).why is Why.FUTURE
+    assert own.of(model.eval()).why is Why.FUTURE
 
 
 def test_a_weak_signal_proves_nothing(own: Verdicts, llama: Any) -> None:
@@ -121,11 +121,42 @@ def test_a_16_bit_model_is_proven_in_fp32_by_layers_or_whole(
     assert found.ratios["signal"] > 1e4  # in 16 bits, rounding is a hundredth of the spread
 
 
+def test_where_the_proof_cannot_leave_16_bits_a_recurrent_state_is_unproven(
+    monkeypatch: pytest.MonkeyPatch, llama: Any
+) -> None:
+    monkeypatch.setattr(proof, "compute_in_fp32", lambda _: False)
+    assert prove(small_model("bamba").to(HALF)).why is Why.ROUNDING
+    assert prove(llama.to(HALF)).prefix
+
+
+def test_ties_of_a_selection_are_unproven(monkeypatch: pytest.MonkeyPatch, own: Verdicts, llama: Any) -> None:
+    llama.config.index_topk = 16
+    assert own.of(llama).limit is None
+    shrunk = Proof(prefix=False, why=Why.PIECES)
+    monkeypatch.setattr(proof, "_shrunk", lambda *_: (shrunk, False))
+    verdict = own.of(small_model("llama", index_topk=16, num_hidden_layers=1))
+    assert (verdict.prefix, verdict.limit) == (True, 16)
+
+
+def test_a_model_of_several_processes_is_not_tried(own: Verdicts, llama: Any) -> None:
+    llama._tp_size = 2  # noqa: SLF001 - what transformers notes
+    assert own.of(llama).why is Why.SHARDED
+
+
+def test_the_shipped_table_knows_usual_models(tmp_path: Path, llama: Any) -> None:
+    for model in (llama, small_model("mistral", sliding_window=4096), small_model("gpt2")):
+        verdict = Verdicts(directory=tmp_path).of(model)
+        assert (verdict.prefix, verdict.rows, verdict.limit, verdict.source) == (True, True, None, "table")
+    assert Verdicts(directory=tmp_path).of(small_model("jamba")).why is Why.PIECES
+
+
 # --- what it leaves behind --------------------------------------------------------------------------------------------
 
 
 class Notes(LlamaForCausalLM):
     """Draws random numbers, counts its calls, and writes attributes, a buffer and a list in place."""
+
+    written: torch.Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -211,13 +242,34 @@ def test_nothing_compiled_runs(own: Verdicts, llama: Any) -> None:
 
 
 def test_a_forward_of_ones_own_is_proven_and_not_called_on_the_model(own: Verdicts, llama: Any) -> None:
-    plain, called = llama.model.forward, []
-    llama.model.forward = lambda *args, **kwargs: called.append(1) or plain(*args, **kwargs)
+    plain, called = llama.model.forward, [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        called.append(1)
+        return plain(*args, **kwargs)
+
+    llama.model.forward = counted
     llama.model.register_forward_hook(lambda *_: called.append(2))
     held = {**vars(llama.model)}
     assert own.of(llama).prefix
-    assert 2 not in called
+    assert called == [0]
     assert vars(llama.model) == held
+
+
+class Wrapper(torch.nn.Module):
+    """Hands generate on, as PEFT does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.generate(*args, **kwargs)
+
+
+def test_a_wrapper_has_the_verdict_of_what_it_wraps(own: Verdicts, llama: Any, proofs: list[Any]) -> None:
+    assert own.of(Wrapper(llama)) == own.of(llama)
+    assert proofs == [llama]
 
 
 def test_no_special_token_is_among_the_texts(llama: Any) -> None:
@@ -267,7 +319,7 @@ def test_what_is_no_model_has_a_verdict(own: Verdicts) -> None:
 def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
-    def counted(model: Any) -> proof.Proof:
+    def counted(model: Any) -> Proof:
         made.append(model)
         return prove(model)
 

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import enum
 import functools
+import sys
 import threading
 import types
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 _SHARED_BYTES: Final = 4 * 1024 * 1024
 """A buffer above this size holds weights of a quantised model, not a table of positions."""
@@ -41,9 +42,9 @@ def copy_of(model: Any) -> Any:
     return _Copying({type(module).__module__ for module in model.modules()}).value(model)
 
 
-def without_compiler(model: Any) -> Any:
-    """Return the model in a wrapper of ``torch.compile``, or the model itself."""
-    return vars(model).get("_modules", {}).get("_orig_mod", model)
+def generating(model: Any) -> Any:
+    """Return the model in a wrapper that hands ``generate`` on: PEFT's, or that of ``torch.compile``."""
+    return next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)
 
 
 def wrap_call(module: Any, wrap: Callable[[Any, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -115,9 +116,9 @@ class _Copying:
         return self._object(value)
 
     def _module(self, module: Any) -> Any:
-        whole = without_compiler(module)
-        if whole is not module:
-            return self.value(whole)
+        original = vars(module)["_modules"].get("_orig_mod")
+        if original is not None:  # a wrapper of torch.compile
+            return self.value(original)
         made = object.__new__(type(module))
         self._note(module, made)
         held: dict[str, Any] = {}
@@ -184,14 +185,14 @@ class _Copying:
 
 @contextlib.contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast and compiler; afterwards random numbers go on as if nothing had been drawn.
+    """Compute without gradients, autocast, compiler and TF32; then random numbers go on as if nothing had been drawn.
 
     Not for several threads at a time: the generators of random numbers are the process's.
     """
     random = _generators(device)
     before = [get() for get, _ in random]
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), _eager():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _eager(), _whole_floats(device):
             yield
     finally:
         for state, (get, restore) in zip(before, random, strict=True):
@@ -213,8 +214,20 @@ def _generators(device: torch.device) -> list[tuple[Callable[[], torch.Tensor], 
     return found
 
 
+@contextlib.contextmanager
+def _whole_floats(device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply fp32 as fp32: TF32, which is usual for convolutions, rounds to 11 bits."""
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if device.type == "cuda" else []
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
 def _eager() -> contextlib.AbstractContextManager[Any]:
     """Run functions of a modeling file that are compiled as they were written; nothing where no compiler is there."""
-    import sys  # noqa: PLC0415
-
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

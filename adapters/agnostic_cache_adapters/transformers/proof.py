@@ -25,14 +25,15 @@ from agnostic_cache_adapters.transformers.stacking import UnknownLayerError, sta
 TOKENS: Final = 48
 """What the proof computes at a time, at most: what begins to act later is not seen."""
 
+_MARKS: Final = ("token_type_ids", "mm_token_type_ids")
 _HALF: Final = 24
 _WINDOW: Final = 16
 _ALL: Final = 1 << 20  # tokens to select: all there are
 _PIECES: Final = (19, 20, 4, 4, 1)
 _ROWS: Final = (23, 40)  # lengths of two prefixes of one batch, each continued by `_MORE` tokens
 _MORE: Final = 8
-# A difference of more than so many times the rounding noise is none of rounding. Right types reach 2.5 in fp32, 1.1 and
-# 0.8 in 16 bits; wrong ones begin at 81, 40 and 5.
+# A difference of more than so many times the rounding noise is none of rounding. Right types reach 3.7 in fp32, and 1.1
+# and 0.8 in fp16 and bf16; wrong ones begin at 81, 40 and 5.
 _LIMITS: Final = {torch.float32: 20.0, torch.float64: 20.0, torch.float16: 6.0, torch.bfloat16: 2.0}
 _WEAK: Final = 5.0  # times the limit: where the first half of a prompt changes less, a lost state would not show
 _SINGLE: Final = 50.0  # times less counts a single position: experts flip there, and plain decoding steps by one, too
@@ -233,7 +234,7 @@ class _Proving(Runs):
     def _marked(self, pair: torch.Tensor) -> float:
         """Return the ratio of two marked prompts that begin alike: some models attend in both directions then."""
         names = inspect.signature(type(self.model).forward).parameters
-        marks = {name: torch.ones_like(pair) for name in ("token_type_ids", "mm_token_type_ids") if name in names}
+        marks: dict[str, Any] = {name: torch.ones_like(pair) for name in _MARKS if name in names}
         if not marks:
             return 0.0
         try:

@@ -23,7 +23,7 @@ import torch
 
 from agnostic_cache.process import forks
 from agnostic_cache_adapters.transformers import windows
-from agnostic_cache_adapters.transformers.model_copy import without_compiler
+from agnostic_cache_adapters.transformers.model_copy import generating
 from agnostic_cache_adapters.transformers.modeling_source import digest_of, marks_of, rope_switch
 from agnostic_cache_adapters.transformers.proof import SENTENCES, Proof, Why, prove
 
@@ -77,7 +77,7 @@ class Verdicts:
         its hooks, and random numbers are as if that had not happened. A change of code, dtype or attention asks anew.
         """
         try:
-            return self._of(without_compiler(model))
+            return self._of(generating(model))
         except Exception as error:  # noqa: BLE001 - nothing of ours fails a call that would succeed
             return _verdict(_failed(model, error), "proof")
 
