@@ -19,6 +19,7 @@ from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
 from agnostic_cache_adapters.transformers import layers, release
+from agnostic_cache_adapters.transformers.verdicts import Verdict
 from agnostic_cache_adapters.transformers.weights import stamp
 
 _MODES = (
@@ -27,7 +28,6 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
-_TOKEN_BY_TOKEN = {"minimax"}  # its linear attention forgets its state where several tokens follow at once
 _STEERING = {"input_ids", "attention_mask", "use_cache", "logits_to_keep", "synced_gpus", "streamer", "tokenizer"}
 _KEYED = {"position_ids", "token_type_ids", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL}
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
@@ -104,8 +104,6 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return "assisted, prompt-lookup and other decoding that rolls its cache back"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "virtual tokens stand before the prompt"
-    if model.config.get_text_config(decoder=True).model_type in _TOKEN_BY_TOKEN:
-        return "the model goes on from a state by one token at a time only"
     if not config.use_cache:
         return "use_cache=False"
     own = [name for name in release.CACHE_NAMES if inputs.get(name) is not None]
@@ -121,8 +119,6 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return "attentions or hidden states of the whole prompt are asked for"
     if config.guidance_scale not in {None, 1.0}:
         return "classifier-free guidance"
-    if _depends_on_total_length(model.config.get_text_config(decoder=True)):
-        return "rotary embedding depends on the total length"
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.shape[1]:  # noqa: PLR2004 - batch, tokens
         return "no input_ids of shape (batch, tokens)"
@@ -134,11 +130,16 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
     return None
 
 
-def _depends_on_total_length(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    described = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    kinds = {one.get("rope_type", one.get("type")) for one in described}
-    return bool(kinds & {"dynamic", "longrope"})
+def not_proven(verdict: Verdict, inputs: Mapping[str, Any]) -> str | None:
+    """Say why the verdict on a model rules a call out that could be served otherwise, or None where it does not."""
+    if not verdict.prefix:
+        return verdict.reason or "the model is not proven"
+    tokens = inputs["input_ids"].shape[1]
+    if verdict.limit is not None and tokens >= verdict.limit:
+        return f"from {verdict.limit} tokens on a window or another rotary embedding acts, which is not proven"
+    if not verdict.marked and any(name.endswith("token_type_ids") for name in keyed(inputs)):
+        return "token_type_ids, within which the model attends in both directions"
+    return None
 
 
 def prompts_of(ids: torch.Tensor, mask: torch.Tensor | None) -> Prompts | None:

@@ -30,7 +30,8 @@ _SHARED: Final = (
 
 _OURS: Final = tuple(str(Path(package.__file__).parent) for package in (torch, transformers))
 _STATIC_ROPES: Final = frozenset({None, "default", "linear", "yarn", "llama3", "proportional"})
-_ROPES_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
+ROPES_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
+"""Types of rotary embedding that depend on the total length."""
 _NO_KIND: Final = re.compile(
     r"_.*|.*(token|pad|bos|eos|sep)_(id|index|ids)|.*token|.*(bias|dropout|drop|act|activation|function|init|initializer)"
     r"|(tie|output|return|use_cache|problem|dtype|torch_dtype|transformers_version|model_type|architectures).*"
@@ -74,7 +75,7 @@ def rope_switch(config: Any) -> int | None:
     longest = getattr(text, "max_position_embeddings", None)
     found = []
     for one in _ropes(text):
-        if one.get("rope_type", one.get("type")) in _ROPES_BY_LENGTH:
+        if one.get("rope_type", one.get("type")) in ROPES_BY_LENGTH:
             original = one.get("original_max_position_embeddings")
             original = original or getattr(text, "original_max_position_embeddings", None) or longest
             found.append(original if isinstance(original, int) else 0)

@@ -206,7 +206,8 @@ class _Proving(Runs):
         mixed = torch.cat([ids[:, :_HALF], other[:, _HALF:]], 1), torch.cat([other[:, :_HALF], ids[:, _HALF:]], 1)
         pair = self.run(torch.cat(mixed))[0]
         ratios["future"] = self.ratio(self.one[:, :_HALF], pair[:1, :_HALF])
-        ratios["signal"] = self.ratio(self.one[:, _HALF:], pair[1:, _HALF:])
+        seen = slice(_HALF, _HALF + self._reach())
+        ratios["signal"] = self.ratio(self.one[:, seen], pair[1:, seen])
         ratios["marked"] = self._marked(torch.cat([ids, mixed[0]]))
         if ratios["future"] > self.limit:
             return Why.FUTURE, ""
@@ -230,6 +231,11 @@ class _Proving(Runs):
         except Exception as error:  # noqa: BLE001 - as above
             return Why.ROWS, type(error).__name__
         return (Why.ROWS if ratios["rows"] > self.limit else None), ""
+
+    def _reach(self) -> int:
+        """Return how many tokens of the second half see some of the first, whatever windows there are."""
+        cutting = [each.value for each in windows.of(self.model.config) if each.acts is windows.Acts.CUTS]
+        return max(min([_HALF, *(value - 1 for value in cutting)]), 1)
 
     def _marked(self, pair: torch.Tensor) -> float:
         """Return the ratio of two marked prompts that begin alike: some models attend in both directions then."""

@@ -8,6 +8,7 @@ import torch
 from agnostic_cache.errors import InvalidTokensError
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache_adapters.transformers import calls, prefill, release
+from agnostic_cache_adapters.transformers.verdicts import verdict_of
 
 
 class Score(NamedTuple):
@@ -64,11 +65,13 @@ def scores(
     if not tokens or not all(wanted):
         msg = f"a context of {len(tokens)} tokens, continuations of {list(map(len, wanted))}; each has one"
         raise InvalidTokensError(msg)
-    ids = torch.tensor([tokens], device=model.device)
+    ids = torch.zeros((1, len(tokens) + max(map(len, wanted), default=0)), dtype=torch.long)  # as long as it will get
     config = model._prepare_generation_config(None)[0]  # noqa: SLF001 - what generate asks
     reason = calls.reason_to_bypass(model, config, {"input_ids": ids})
     kinds = calls.kinds_of(None if reason else calls.fresh_cache(model))
-    if kinds is None or cache.block_size % kinds.stride:
+    if kinds is not None:
+        reason = calls.not_proven(verdict_of(model), {"input_ids": ids})
+    if reason or kinds is None or cache.block_size % kinds.stride:
         cache.bypass(reason or f"{calls.UNKNOWN_KIND}, or blocks that cut its rows")
         return [found for one in wanted for found in _scored(model, tokens, [one], None)]
     use = prefill.Use(cache, calls.context_of(model, cache, {}))
