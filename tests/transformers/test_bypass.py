@@ -134,6 +134,7 @@ def test_an_argument_that_nobody_knows(model: Any) -> None:
 
 def test_training_mode(model: Any) -> None:
     cache = primed(model)
+    model.unused = torch.nn.BatchNorm1d(2)  # acts differently there
     model.train()
     bypasses(model, inputs(PROMPT), cache)
 

@@ -19,6 +19,8 @@ from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
 from agnostic_cache_adapters.transformers import layers, release
+from agnostic_cache_adapters.transformers.model_copy import generating
+from agnostic_cache_adapters.transformers.training import acts_differently
 from agnostic_cache_adapters.transformers.verdicts import Verdict
 from agnostic_cache_adapters.transformers.weights import stamp
 
@@ -96,14 +98,17 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         config: The call's whole generation config.
         inputs: What else the call was given: arguments of the model, and those of ``generate`` that are not None.
     """
-    if model.training:
-        return "the model is in training mode"
+    outer, model = model, generating(model)
+    if outer.training and acts_differently(outer):
+        return "the model is in training mode, where dropout or noise acts"
     if model.config.is_encoder_decoder:
         return "the model has an encoder"
     if inputs.get("assistant_model") is not None or config.get_generation_mode(None) not in _MODES:
         return "assisted, prompt-lookup and other decoding that rolls its cache back"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if any(getattr(getattr(each, "active_peft_config", None), "is_prompt_learning", False) for each in (outer, model)):
         return "virtual tokens stand before the prompt"
+    if any(_is_activated(each) for each in (outer, model)):
+        return "an adapter that is activated by tokens of the prompt (aLoRA) acts behind the last of them only"
     if not config.use_cache:
         return "use_cache=False"
     own = [name for name in release.CACHE_NAMES if inputs.get(name) is not None]
@@ -125,9 +130,25 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
     unknown = sorted(name for name, value in inputs.items() if value is not None and name not in _STEERING | _KEYED)
     if unknown:
         return f"argument {', '.join(unknown)}"
-    if any(name in inputs for name in _KEYED) and hasattr(getattr(model, "model", model), "rope_deltas"):
+    if any(name in inputs for name in _KEYED) and _with_deltas(model):
         return "positions depend on images"
     return None
+
+
+def forget_deltas(model: Any) -> None:
+    """Let a call without images begin as ``generate`` does: deltas of positions belong to the call before it."""
+    for module in _with_deltas(model):
+        module.rope_deltas = None
+
+
+def _with_deltas(model: Any) -> list[Any]:
+    return [each for each in (model, getattr(model, "model", None)) if hasattr(each, "rope_deltas")]
+
+
+def _is_activated(model: Any) -> bool:
+    adapters = getattr(model, "peft_config", None)
+    adapters = adapters if isinstance(adapters, Mapping) else {}
+    return any(getattr(each, "alora_invocation_tokens", None) for each in adapters.values())
 
 
 def not_proven(verdict: Verdict, inputs: Mapping[str, Any]) -> str | None:

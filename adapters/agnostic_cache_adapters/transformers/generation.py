@@ -10,6 +10,8 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache_adapters.transformers import calls, prefill, release
+from agnostic_cache_adapters.transformers.attempt import attempt
+from agnostic_cache_adapters.transformers.model_copy import generating, uncompiled
 from agnostic_cache_adapters.transformers.plan import Plan
 
 _OF_GENERATE = (
@@ -35,8 +37,7 @@ def generate(
     model: Any,
     cache: PrefixCache,
     /,
-    inputs: torch.Tensor | None = None,
-    *,
+    *positional: Any,
     checkpoints: Sequence[int] = (),
     read: bool = True,
     write: bool = True,
@@ -52,7 +53,7 @@ def generate(
     Args:
         model: A causal language model of transformers, in eval mode.
         cache: Where to look and to store; its namespace names the model's weights.
-        inputs: ``input_ids``, shape (batch, tokens), as ``model.generate`` takes them by position.
+        *positional: As of ``model.generate``: ``input_ids``, shape (batch, tokens), a generation config.
         checkpoints: Lengths in tokens after which other prompts will part, where a recurrent model should keep its
             state: the end of a document, say.
         read: Whether to look.
@@ -65,23 +66,48 @@ def generate(
     Returns:
         What ``model.generate`` returns.
     """
-    plain: Callable[..., Any] = functools.partial(type(model).generate, model)
-    if inputs is not None:
-        arguments["input_ids"] = inputs
+    model = uncompiled(model)
+    plain = _plain(model)
+    arguments |= zip(("input_ids", *_OF_GENERATE[1:]), positional, strict=False)
+    if arguments.get("inputs") is not None and arguments.get("input_ids") is None:
+        arguments["input_ids"] = arguments.pop("inputs")
+    use = prefill.Use(cache, b"", checkpoints, read, write, single_flight, ttl_seconds)
+    plan = None
+    with attempt(cache, "looking for a prefix", _device(model)):
+        plan = _planned(model, use, arguments)
+    if plan is None:
+        return plain(**arguments)
+    result = plain(**plan.reduced(arguments))
+    with attempt(cache, "storing an answer", _device(model)):
+        plan.store(result)
+    return result
+
+
+def _planned(model: Any, use: prefill.Use, arguments: dict[str, Any]) -> Plan | None:
     given = {name: arguments[name] for name in _OF_GENERATE if arguments.get(name) is not None}
     rest = {name: value for name, value in arguments.items() if name not in _OF_GENERATE}
-    config, of_model = model._prepare_generation_config(given.get("generation_config"), **rest)  # noqa: SLF001
+    inner = generating(model)
+    config, of_model = inner._prepare_generation_config(given.get("generation_config"), **rest)  # noqa: SLF001
+    if (given.get("generation_config") or inner.generation_config).cache_implementation is not None:
+        use.cache.bypass("a generation config that names a cache_implementation")  # generate refuses a cache beside it
+        return None
     asked = {**of_model, **{name: given[name] for name in _REFUSED if name in given}}
-    use = prefill.Use(cache, b"", checkpoints, read, write, single_flight, ttl_seconds)
     ids, mask = asked.get("input_ids"), asked.get("attention_mask")
     if mask is None and isinstance(ids, torch.Tensor):
         mask = calls.implied_mask(ids, config)
-    plan = Plan.of(model, use, config, asked, mask)
-    if plan is None:
-        return plain(**arguments)
-    result = plain(**plan.reduced(arguments), **release.generate_argument(model, plan.kv))
-    plan.store(result)
-    return result
+    return Plan.of(model, use, config, asked, mask)
+
+
+def _plain(model: Any) -> Callable[..., Any]:
+    """Return ``generate`` of a model's class: what `reuse` puts in its place is ours. A wrapper may only hand it on."""
+    if hasattr(type(model), "generate"):
+        return functools.partial(type(model).generate, model)
+    inner = generating(model)
+    return functools.partial(type(inner).generate, inner)
+
+
+def _device(model: Any) -> torch.device:
+    return getattr(model, "device", torch.device("cpu"))
 
 
 def cached(cache: PrefixCache, /, **settings: Any) -> Callable[..., Any]:
@@ -112,16 +138,18 @@ def cached(cache: PrefixCache, /, **settings: Any) -> Callable[..., Any]:
         asked = {name: value for name, value in kwargs.items() if name != "inputs_tensor"}
         if not release.is_callers(asked.get(kv_name)):
             asked.pop(kv_name, None)
-        plan = Plan.of(
-            model,
-            prefill.Use(cache, **settings),
-            generation_config,
-            {**asked, "input_ids": input_ids},
-            kwargs.get("attention_mask"),
-            expanded=True,
-        )
+        plan = None
+        with attempt(cache, "looking for a prefix", model.device):
+            plan = Plan.of(
+                model,
+                prefill.Use(cache, **settings),
+                generation_config,
+                {**asked, "input_ids": input_ids},
+                kwargs.get("attention_mask"),
+                expanded=True,
+            )
         if plan is not None:
-            kwargs = {**plan.reduced(kwargs), kv_name: plan.kv}
+            kwargs = plan.reduced(kwargs)
         result = method(
             model,
             input_ids,
@@ -131,7 +159,8 @@ def cached(cache: PrefixCache, /, **settings: Any) -> Callable[..., Any]:
             **kwargs,
         )
         if plan is not None:
-            plan.store(result)
+            with attempt(cache, "storing an answer", model.device):
+                plan.store(result)
         return result
 
     return decode
@@ -148,6 +177,7 @@ def reuse(model: Any, cache: PrefixCache, /, **settings: Any) -> Iterator[None]:
         cache: As in `generate`.
         **settings: Of `generate`: ``checkpoints``, ``read``, ``write``, ``single_flight``, ``ttl_seconds``.
     """
+    model = uncompiled(model)
     before = vars(model).get("generate")
     model.generate = functools.partial(generate, model, cache, **settings)
     try:

@@ -47,6 +47,13 @@ def generating(model: Any) -> Any:
     return next((module for module in model.modules() if isinstance(module, GenerationMixin)), model)
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model in a wrapper of ``torch.compile``, which hands all but calls on to it; others as they are."""
+    while "_orig_mod" in getattr(model, "_modules", ()):
+        model = model._modules["_orig_mod"]  # noqa: SLF001
+    return model
+
+
 def wrap_call(module: Any, wrap: Callable[[Any, Callable[..., Any]], Callable[..., Any]]) -> None:
     """Let calls of a module of a copy go through ``wrap(module, call)``."""
     vars(module)[_CALL] = wrap(module, vars(module)[_CALL])
@@ -189,7 +196,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
     Not for several threads at a time: the generators of random numbers are the process's.
     """
-    random = _generators(device)
+    random = generators(device)
     before = [get() for get, _ in random]
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False), _eager(), _whole_floats(device):
@@ -200,7 +207,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
                 restore(state)
 
 
-def _generators(device: torch.device) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+def generators(device: torch.device) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+    """Return, for each generator of random numbers that a model draws from, how to get and to set its state."""
     found = [(torch.get_rng_state, torch.set_rng_state)]
     if device.type != "cpu":
         of_device = torch.get_device_module(device)

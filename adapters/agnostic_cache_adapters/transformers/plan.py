@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from agnostic_cache_adapters.transformers import calls, prefill, release
+from agnostic_cache_adapters.transformers.model_copy import generating
 from agnostic_cache_adapters.transformers.verdicts import Verdict, verdict_of
 
 
@@ -13,11 +14,18 @@ class Plan:
     """How one call is served: the cache it goes on from, and what is stored when it is done."""
 
     def __init__(
-        self, use: prefill.Use, prompts: calls.Prompts, kv: Any, dropped: Sequence[str], verdict: Verdict
+        self,
+        use: prefill.Use,
+        prompts: calls.Prompts,
+        kv: Any,
+        argument: dict[str, Any],
+        dropped: Sequence[str],
+        verdict: Verdict,
     ) -> None:
         self.use = use
         self.prompts = prompts
         self.kv = kv
+        self._argument = argument
         self._dropped = dropped
         self._verdict = verdict
 
@@ -33,7 +41,8 @@ class Plan:
         expanded: bool = False,
     ) -> "Plan | None":
         """Plan a call; None, with a warning, where it goes past the cache."""
-        reason = calls.reason_to_bypass(model, config, asked)
+        outer, model = model, generating(model)
+        reason = calls.reason_to_bypass(outer, config, asked)
         prompts = None if reason else calls.prompts_of(asked["input_ids"], mask)
         kv = None if reason else calls.fresh_cache(model)
         kinds = calls.kinds_of(kv)
@@ -49,7 +58,8 @@ class Plan:
         if reason:
             use.cache.bypass(reason)
             return None
-        use = use._replace(context=calls.context_of(model, use.cache, asked))
+        calls.forget_deltas(model)
+        use = use._replace(context=calls.context_of(outer if hasattr(outer, "config") else model, use.cache, asked))
         copies = 1 if expanded else max(config.num_beams, config.num_return_sequences)
         rows = [row for row in prompts.rows for _ in range(copies)]
         pads = [pad for pad in prompts.pads for _ in range(copies)]
@@ -70,12 +80,14 @@ class Plan:
             kv = prefill.common_state(model, use, prompts, kv, kinds)
         if alone and len(rows) > 1 and kv.get_seq_length():
             prefill.repeat(kv.layers, len(rows))
-        return cls(use, prompts, kv, dropped, verdict)
+        calls.forget_deltas(model)
+        return cls(use, prompts, kv, release.generate_argument(model, kv), dropped, verdict)
 
     def reduced(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments without what the loaded prefix has taken up already."""
-        gone = {*self._dropped, *release.CACHE_NAMES}  # a cache of None is in the way of ours
-        return {name: value for name, value in arguments.items() if name not in gone}
+        """The call's arguments with the loaded prefix, and without what that has taken up already."""
+        # A cache of None is in the way of ours, and so is the name of the kind that ours is.
+        gone = {*self._dropped, *release.CACHE_NAMES, "cache_implementation"}
+        return {**{name: value for name, value in arguments.items() if name not in gone}, **self._argument}
 
     def store(self, result: Any) -> None:
         """Store what is new after a call: prompt and answer of one row, the prompts of several."""

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from agnostic_cache_adapters.transformers import release
 from agnostic_cache_adapters.transformers.model_copy import wrap_call
+from agnostic_cache_adapters.transformers.steps import prepared, tells_length
 
 _SPECIAL: Final = re.compile(r"\w*(token|pad|bos|eos|sep|cls|mask|image|video|audio)\w*(_id|_index|_ids)")
 
@@ -42,11 +43,8 @@ class Runs:
         """Compute `ids` from `start` on, as ``generate`` does; return their logits and the cache behind them."""
         self._logits.clear()
         given = {} if cache is None else release.generate_argument(self.model, cache)
-        if cache is not None and not _tells_length(cache):  # generate cannot tell what is new: its first step, then
-            made = self.model.prepare_inputs_for_generation(
-                ids[:, start:], use_cache=True, is_first_iteration=True, **given
-            )
-            return self._logits_and_cache(self.model(**made, return_dict=True))
+        if not tells_length(cache):  # generate cannot tell what is new: its first step, then
+            return self._logits_and_cache(self.model(**prepared(self.model, ids, cache, start)))
         settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
         mask = torch.ones_like(ids) if mask is None else mask
         return self._logits_and_cache(
@@ -84,11 +82,3 @@ def _plain_config(config: Any) -> Any:
         if name not in vars(made):
             setattr(made, name, copy.copy(value))
     return made
-
-
-def _tells_length(cache: Any) -> bool:
-    try:
-        cache.get_seq_length()
-    except ValueError:  # none of its layers has tokens
-        return False
-    return True
