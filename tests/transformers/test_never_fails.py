@@ -205,7 +205,7 @@ def test_training_mode_in_which_something_acts(model: Any, act: str) -> None:
         model.model.layers[1].self_attn.attention_dropout = 0.1
     else:
         model.model.layers[1].gradient_checkpointing = True
-        model.model.layers[1]._gradient_checkpointing_func = lambda call, *given: call(*given)  # as it is enabled
+        model.model.layers[1].__dict__["_gradient_checkpointing_func"] = lambda call, *given: call(*given)
     model.train()
     cache = make()
     with pytest.warns(CacheBypassWarning, match="training"):
