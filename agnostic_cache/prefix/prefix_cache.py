@@ -51,6 +51,8 @@ class PrefixCache:
         block_size: Tokens per block.
         layout: Roles and names of leaves, where a structure alone does not tell.
         exact: Matches end at whole blocks, so that a prefill in such chunks runs the same kernels on hit and miss.
+        strict: Whether ``generate`` and its kin raise an error of ours, as tests want it. Otherwise the call bypasses
+            the cache, with one warning, a log record and a count in `stats`.
     """
 
     def __init__(  # noqa: PLR0913 - configured once, by keywords
@@ -67,6 +69,7 @@ class PrefixCache:
         exact: bool = False,
         ttl_seconds: float | None = None,
         trace: Trace | None = None,
+        strict: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an empty cache.
@@ -90,6 +93,7 @@ class PrefixCache:
             exact: Match whole blocks only; see the attribute.
             ttl_seconds: How long what is inserted stays valid, unless `insert` says otherwise; by default for ever.
             trace: Hook that is told of matches, inserts, and what the state cache tells.
+            strict: Raise errors of ours; see the attribute.
             clock: Seconds, for `ttl_seconds` and to measure how long the caller computes.
 
         Raises:
@@ -103,6 +107,7 @@ class PrefixCache:
         self.block_size = block_size
         self.layout = layout
         self.exact = exact
+        self.strict = strict
         self._salt = salt
         self._fingerprint = fingerprint
         self._ttl_seconds = ttl_seconds

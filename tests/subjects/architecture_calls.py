@@ -273,7 +273,7 @@ def _through(asked: _Asked, caches: dict[str, PrefixCache], step: _Step, want: _
     if cache is None:
         space = model_fingerprint(asked.model)
         cache = caches[step.cache] = PrefixCache(
-            "64MiB", namespace=space, block_size=BLOCK, exact=step.cache == "exact"
+            "64MiB", namespace=space, block_size=BLOCK, exact=step.cache == "exact", strict=True
         )
     before = cache.stats()
     ours = lambda **arguments: generate(asked.model, cache, **arguments)  # noqa: E731 - one expression

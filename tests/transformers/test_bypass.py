@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import hf_structures
 import pytest
 import torch
@@ -21,6 +22,7 @@ from agnostic_cache import PrefixCache, model_fingerprint
 from agnostic_cache.errors import CacheBypassWarning
 from agnostic_cache_adapters.transformers import cached, generate, reuse
 from agnostic_cache_adapters.transformers.release import forward_argument, generate_argument
+from agnostic_cache_adapters.transformers.verdicts import verdict_of
 
 NEW = 4
 DOCUMENT = hf_structures.tokens(20, seed=3)[0].tolist()
@@ -132,6 +134,7 @@ def test_an_argument_that_nobody_knows(model: Any) -> None:
 
 def test_training_mode(model: Any) -> None:
     cache = primed(model)
+    model.unused = torch.nn.BatchNorm1d(2)  # acts differently there
     model.train()
     bypasses(model, inputs(PROMPT), cache)
 
@@ -156,10 +159,20 @@ def test_guidance(model: Any) -> None:
 )
 def test_positions_that_depend_on_the_total_length(rope: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(**{**hf_structures.SIZES, "max_position_embeddings": 24, "rope_parameters": rope})
+    config = LlamaConfig(**{**hf_structures.SIZES, "max_position_embeddings": 16, "rope_parameters": rope})
     model: Any = LlamaForCausalLM(config).eval()
     cache = make(model)
     bypasses(model, inputs(PROMPT), cache)
+    for prompt in (PROMPT[:10], PROMPT[:12], PROMPT[:15]):  # below the switch; the last answer goes beyond it
+        before = cache.stats().hit_tokens
+        given = {**inputs(prompt), "return_dict_in_generate": True, "output_logits": True}
+        wanted, got = model.generate(**given), generate(model, cache, **given)
+        assert torch.equal(got.sequences, wanted.sequences)
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
+    assert cache.stats().hit_tokens - before == 12
+    hit = generate(model, cache, **inputs([*PROMPT[:13], 9, 8]))
+    assert torch.equal(hit, model.generate(**inputs([*PROMPT[:13], 9, 8])))
+    assert cache.stats().bypassed == 2
 
 
 def test_an_encoder() -> None:
@@ -170,9 +183,45 @@ def test_an_encoder() -> None:
     bypasses(model, given, cache)
 
 
-def test_a_model_that_goes_on_by_one_token_only() -> None:
-    model = hf_structures.minimax().model
-    bypasses(model, inputs(PROMPT), make(model))
+@pytest.mark.parametrize("model_type", ["jamba", "zamba", "recurrent_gemma", "moshi", "prophetnet", "cpmant"])
+def test_a_model_that_does_not_go_on_rightly(model_type: str) -> None:
+    model = architectures.tiny(model_type, "causal")
+    bypasses(model, inputs([*range(40, 70)]), PrefixCache("1MiB", namespace="m", block_size=8))
+
+
+def test_a_model_that_is_not_in_the_table_is_proven_before_its_first_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(architectures.tiny("jamba", "causal"))
+    forward = kind.forward
+
+    def patched(self: Any, *args: Any, **given: Any) -> Any:
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(kind, "forward", patched)
+    model = architectures.tiny("jamba", "causal")
+    bypasses(model, inputs([*range(40, 70)]), PrefixCache("1MiB", namespace="m", block_size=8))
+    assert verdict_of(model).source != "table"
+
+
+@pytest.mark.parametrize("model_type", ["roformer", "git", "bart"])
+def test_rows_behind_padding_where_that_moves_them(model_type: str) -> None:
+    model = architectures.tiny(model_type, "causal")
+    cache = PrefixCache("1MiB", namespace="m", block_size=8)
+    short, long = [*range(40, 70)], [*range(40, 66), *range(80, 90)]
+    padded = inputs([0] * (len(long) - len(short)) + short, long)
+    padded["attention_mask"] = (padded["input_ids"] > 0).long()
+    for asked in (padded, inputs(short), inputs(long), padded, inputs(short)):
+        given = {**asked, "return_dict_in_generate": True, "output_logits": True}
+        wanted, got = model.generate(**given), generate(model, cache, **given)
+        assert torch.equal(got.sequences, wanted.sequences)
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-4)
+    assert cache.stats().hit_tokens == 26 + len(short) - 1
+
+
+def test_tokens_that_see_each_other_where_they_are_marked() -> None:
+    model = architectures.tiny("hrm_text", "causal")
+    cache = PrefixCache("1MiB", namespace="m", block_size=8)
+    given = inputs([*range(40, 70)])
+    bypasses(model, {**given, "token_type_ids": torch.ones_like(given["input_ids"])}, cache)
 
 
 def test_virtual_tokens_before_the_prompt(model: Any) -> None:

@@ -60,6 +60,7 @@ def test_what_cannot_be_scored() -> None:
     for context, continuations in (([], [[1]]), ([1], [[1], []])):
         with pytest.raises(InvalidTokensError):
             score(model, cache, context, continuations)
+    model.unused = torch.nn.BatchNorm1d(2)
     model.train()
     with pytest.warns(CacheBypassWarning):
         found = score(model, cache, CONTEXT, CONTINUATIONS)

@@ -19,6 +19,9 @@ from agnostic_cache.fingerprint import model_fingerprint
 from agnostic_cache.prefix import PrefixCache
 from agnostic_cache.prefix.chain import fields
 from agnostic_cache_adapters.transformers import layers, release
+from agnostic_cache_adapters.transformers.model_copy import generating
+from agnostic_cache_adapters.transformers.training import acts_differently
+from agnostic_cache_adapters.transformers.verdicts import Verdict
 from agnostic_cache_adapters.transformers.weights import stamp
 
 _MODES = (
@@ -27,7 +30,6 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
-_TOKEN_BY_TOKEN = {"minimax"}  # its linear attention forgets its state where several tokens follow at once
 _STEERING = {"input_ids", "attention_mask", "use_cache", "logits_to_keep", "synced_gpus", "streamer", "tokenizer"}
 _KEYED = {"position_ids", "token_type_ids", "mm_token_type_ids", *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL}
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
@@ -96,16 +98,17 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         config: The call's whole generation config.
         inputs: What else the call was given: arguments of the model, and those of ``generate`` that are not None.
     """
-    if model.training:
-        return "the model is in training mode"
+    outer, model = model, generating(model)
+    if outer.training and acts_differently(outer):
+        return "the model is in training mode, where dropout or noise acts"
     if model.config.is_encoder_decoder:
         return "the model has an encoder"
     if inputs.get("assistant_model") is not None or config.get_generation_mode(None) not in _MODES:
         return "assisted, prompt-lookup and other decoding that rolls its cache back"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if any(getattr(getattr(each, "active_peft_config", None), "is_prompt_learning", False) for each in (outer, model)):
         return "virtual tokens stand before the prompt"
-    if model.config.get_text_config(decoder=True).model_type in _TOKEN_BY_TOKEN:
-        return "the model goes on from a state by one token at a time only"
+    if any(_is_activated(each) for each in (outer, model)):
+        return "an adapter that is activated by tokens of the prompt (aLoRA) acts behind the last of them only"
     if not config.use_cache:
         return "use_cache=False"
     own = [name for name in release.CACHE_NAMES if inputs.get(name) is not None]
@@ -121,24 +124,43 @@ def reason_to_bypass(model: Any, config: Any, inputs: Mapping[str, Any]) -> str 
         return "attentions or hidden states of the whole prompt are asked for"
     if config.guidance_scale not in {None, 1.0}:
         return "classifier-free guidance"
-    if _depends_on_total_length(model.config.get_text_config(decoder=True)):
-        return "rotary embedding depends on the total length"
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not ids.shape[1]:  # noqa: PLR2004 - batch, tokens
         return "no input_ids of shape (batch, tokens)"
     unknown = sorted(name for name, value in inputs.items() if value is not None and name not in _STEERING | _KEYED)
     if unknown:
         return f"argument {', '.join(unknown)}"
-    if any(name in inputs for name in _KEYED) and hasattr(getattr(model, "model", model), "rope_deltas"):
+    if any(name in inputs for name in _KEYED) and _with_deltas(model):
         return "positions depend on images"
     return None
 
 
-def _depends_on_total_length(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    described = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    kinds = {one.get("rope_type", one.get("type")) for one in described}
-    return bool(kinds & {"dynamic", "longrope"})
+def forget_deltas(model: Any) -> None:
+    """Let a call without images begin as ``generate`` does: deltas of positions belong to the call before it."""
+    for module in _with_deltas(model):
+        module.rope_deltas = None
+
+
+def _with_deltas(model: Any) -> list[Any]:
+    return [each for each in (model, getattr(model, "model", None)) if hasattr(each, "rope_deltas")]
+
+
+def _is_activated(model: Any) -> bool:
+    adapters = getattr(model, "peft_config", None)
+    adapters = adapters if isinstance(adapters, Mapping) else {}
+    return any(getattr(each, "alora_invocation_tokens", None) for each in adapters.values())
+
+
+def not_proven(verdict: Verdict, inputs: Mapping[str, Any]) -> str | None:
+    """Say why the verdict on a model rules a call out that could be served otherwise, or None where it does not."""
+    if not verdict.prefix:
+        return verdict.reason or "the model is not proven"
+    tokens = inputs["input_ids"].shape[1]
+    if verdict.limit is not None and tokens >= verdict.limit:
+        return f"from {verdict.limit} tokens on a window or another rotary embedding acts, which is not proven"
+    if not verdict.marked and any(name.endswith("token_type_ids") for name in keyed(inputs)):
+        return "token_type_ids, within which the model attends in both directions"
+    return None
 
 
 def prompts_of(ids: torch.Tensor, mask: torch.Tensor | None) -> Prompts | None:

@@ -7,9 +7,10 @@ import torch
 from transformers import cache_utils
 
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache_adapters.transformers import layers, release
+from agnostic_cache_adapters.transformers import layers
 from agnostic_cache_adapters.transformers.blocks import BlockLayer
 from agnostic_cache_adapters.transformers.calls import Kinds, Prompts, fresh_cache
+from agnostic_cache_adapters.transformers.steps import prepared
 
 _ANY_PADDING = {cache_utils.DynamicLayer}
 _EQUAL_PADDING = {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}
@@ -91,9 +92,9 @@ def _advance(model: Any, use: Use, kv: Any, tokens: list[int], start: int, stop:
     recorded: list[Any] = [layer for layer in kv.layers if type(layer) is cache_utils.DynamicSlidingWindowLayer]
     for layer in recorded:
         layer.activate_past_recording()
-    ids = torch.tensor([tokens[start:stop]], device=model.device)
+    ids = torch.tensor([tokens[:stop]], device=model.device)
     keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}  # noqa: SLF001 - what generate asks
-    model(input_ids=ids, use_cache=True, **release.forward_argument(model, kv), **keep)
+    model(**prepared(model, ids, kv, start, **keep))
     use.insert(tokens[:stop], kv)
     for layer in recorded:
         layer.record_past = False

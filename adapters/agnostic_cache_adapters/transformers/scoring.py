@@ -7,7 +7,11 @@ import torch
 
 from agnostic_cache.errors import InvalidTokensError
 from agnostic_cache.prefix import PrefixCache
-from agnostic_cache_adapters.transformers import calls, prefill, release
+from agnostic_cache_adapters.transformers import calls, prefill
+from agnostic_cache_adapters.transformers.attempt import attempt
+from agnostic_cache_adapters.transformers.model_copy import generating, uncompiled
+from agnostic_cache_adapters.transformers.steps import prepared
+from agnostic_cache_adapters.transformers.verdicts import verdict_of
 
 
 class Score(NamedTuple):
@@ -64,19 +68,29 @@ def scores(
     if not tokens or not all(wanted):
         msg = f"a context of {len(tokens)} tokens, continuations of {list(map(len, wanted))}; each has one"
         raise InvalidTokensError(msg)
-    ids = torch.tensor([tokens], device=model.device)
-    config = model._prepare_generation_config(None)[0]  # noqa: SLF001 - what generate asks
-    reason = calls.reason_to_bypass(model, config, {"input_ids": ids})
-    kinds = calls.kinds_of(None if reason else calls.fresh_cache(model))
-    if kinds is None or cache.block_size % kinds.stride:
-        cache.bypass(reason or f"{calls.UNKNOWN_KIND}, or blocks that cut its rows")
-        return [found for one in wanted for found in _scored(model, tokens, [one], None)]
-    use = prefill.Use(cache, calls.context_of(model, cache, {}))
-    limit = None if cache.exact else len(tokens) - 1
+    ids = torch.zeros((1, len(tokens) + max(map(len, wanted), default=0)), dtype=torch.long)  # as long as it will get
+    model = uncompiled(model)
+    inner, kinds = generating(model), None
+    with attempt(cache, "looking for a context", inner.device):
+        config = inner._prepare_generation_config(None)[0]  # noqa: SLF001 - what generate asks
+        reason = calls.reason_to_bypass(model, config, {"input_ids": ids})
+        kinds = calls.kinds_of(None if reason else calls.fresh_cache(inner))
+        if kinds is not None:
+            reason = calls.not_proven(verdict_of(inner), {"input_ids": ids})
+        if reason or kinds is None or cache.block_size % kinds.stride:
+            cache.bypass(reason or f"{calls.UNKNOWN_KIND}, or blocks that cut its rows")
+            kinds = None
     found: list[Score] = []
     for i in range(0, len(wanted), batch_size):
-        kv = prefill.state_of(model, use, tokens, calls.fresh_cache(model), kinds, limit=limit)
-        found += _scored(model, tokens, wanted[i : i + batch_size], kv)
+        kv, batch = None, wanted[i : i + batch_size]
+        if kinds is not None:
+            with attempt(cache, "looking for a context", inner.device):
+                calls.forget_deltas(inner)
+                use = prefill.Use(cache, calls.context_of(model, cache, {}))
+                limit = None if cache.exact else len(tokens) - 1
+                kv = prefill.state_of(inner, use, tokens, calls.fresh_cache(inner), kinds, limit=limit)
+        for group in [batch] if kv is not None else [[one] for one in batch]:
+            found += _scored(inner, tokens, group, kv)
     return found
 
 
@@ -86,16 +100,12 @@ def _scored(model: Any, context: list[int], continuations: list[list[int]], kv: 
     # Of a continuation, all but the last token goes in: those of one token are all scored by one row.
     rows = {row: i for i, row in enumerate(dict.fromkeys(tuple(one[:-1]) for one in continuations))}
     longest = max(map(len, rows)) + 1
-    ids = torch.tensor([[*context[known:], *row, *[0] * (longest - 1 - len(row))] for row in rows], device=model.device)
+    ids = torch.tensor([[*context, *row, *[0] * (longest - 1 - len(row))] for row in rows], device=model.device)
     if kv is not None and known and len(rows) > 1:
         prefill.repeat(kv.layers, len(rows))
-    settings: dict[str, Any] = {"use_cache": kv is not None}
-    if kv is not None:
-        settings |= release.forward_argument(model, kv)
-    if model._supports_logits_to_keep():  # noqa: SLF001 - what generate asks
-        settings["logits_to_keep"] = longest
+    keep = {"logits_to_keep": longest} if model._supports_logits_to_keep() else {}  # noqa: SLF001 - what generate asks
     # What stands behind a shorter row changes nothing before it.
-    logits = model(input_ids=ids, **settings).logits[:, -longest:].float()
+    logits = model(**{**prepared(model, ids, kv, known), **keep}).logits[:, -longest:].float()
     found = []
     for one in continuations:
         mine = logits[rows[tuple(one[:-1])], : len(one)]

@@ -7,11 +7,13 @@ and whatever differs begins a new epoch.
 
 import secrets
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from agnostic_cache_adapters.torch import active_adapters
+from agnostic_cache_adapters.transformers.modeling_source import ROPES_BY_LENGTH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +46,9 @@ def stamp(model: Any) -> tuple[str, str, str]:
     for module in modules:  # grows under way; ``parameters()`` and its kin take ten times as long
         held = vars(module)
         tensors += held["_parameters"].values()
-        tensors += held["_buffers"].values()
-        modules += held["_modules"].values()
+        if not _follows_length(held.get("rope_type")):
+            tensors += held["_buffers"].values()
+        modules += [child for child in held["_modules"].values() if child is not None]
     there = [tensor for tensor in tensors if tensor is not None]
     marks = [0 if tensor.is_inference() else tensor._version for tensor in there]  # noqa: SLF001
     marks += [tensor.data_ptr() for tensor in there]
@@ -58,3 +61,9 @@ def stamp(model: Any) -> tuple[str, str, str]:
     adapted = adapted or any("merged_adapters" in vars(module) for module in modules)
     adapters = str(active_adapters(model)) if adapted else ""
     return seen.epoch, adapters, str(getattr(model.config, "_attn_implementation", None))
+
+
+def _follows_length(rope: Any) -> bool:
+    """Whether a rotary embedding writes its own buffers in each forward: they follow from its input."""
+    kinds = rope.values() if isinstance(rope, Mapping) else [rope]
+    return any(kind in ROPES_BY_LENGTH for kind in kinds)
