@@ -19,10 +19,11 @@ from transformers.models.auto import modeling_auto
 VOCABULARY = 128
 FIRST_WORD = 40  # words are FIRST_WORD to VOCABULARY - 1; special tokens lie below
 LAYERS = 12  # at most, where fewer would not have every kind
-CLASSES: dict[str, Mapping[str, Any]] = {
-    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+_names: Any = modeling_auto  # typed as dicts of literals
+CLASSES: Mapping[str, Mapping[str, Any]] = {
+    "causal": _names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image-text": _names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "seq2seq": _names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
 # Fields that count layers; lists of one item per layer are cut to the same number.

@@ -1,6 +1,7 @@
 """What every test of this package has."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def verdicts_aside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def strict() -> Iterator[None]:
     """Let an error of ours fail a test, unless the test asks for ``strict=False``: no call is bypassed by one."""
-    defaults = PrefixCache.__init__.__kwdefaults__
+    defaults: dict[str, Any] = PrefixCache.__init__.__kwdefaults__ or {}
     before = defaults["strict"]
     defaults["strict"] = True
     yield

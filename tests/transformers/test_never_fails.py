@@ -283,7 +283,8 @@ def test_what_was_loaded_is_freed_before_the_call(model: Any, monkeypatch: pytes
     def loads_and_fails(*args: Any, **given: Any) -> Any:
         kv = state_of(*args, **given)
         keys = kv.layers[0].keys
-        held.append(torch.multiprocessing.reductions.StorageWeakRef(keys.untyped_storage()))
+        reductions: Any = torch.multiprocessing.reductions
+        held.append(reductions.StorageWeakRef(keys.untyped_storage()))
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(prefill, "state_of", loads_and_fails)

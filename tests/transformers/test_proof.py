@@ -82,7 +82,9 @@ def test_tokens_that_are_marked_may_attend_in_both_directions(own: Verdicts) -> 
 class LooksAhead(LlamaForCausalLM):
     """Adds what all tokens of a pass have in common to each of them."""
 
-    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         hidden = self.get_input_embeddings()(input_ids)
         return super().forward(inputs_embeds=hidden + hidden.mean(1, keepdim=True), **kwargs)
 

@@ -114,10 +114,10 @@ class _Copying:
         if isinstance(value, dict):
             return self._dict(value)
         if type(value) is list:
-            made = []
-            self._note(value, made)
-            made += self._each(value)
-            return made
+            items: list[Any] = []
+            self._note(value, items)
+            items += self._each(value)
+            return items
         if type(value) in {tuple, set, frozenset}:
             return type(value)(self._each(value))
         return self._object(value)
@@ -209,7 +209,9 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 def generators(device: torch.device) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
     """Return, for each generator of random numbers that a model draws from, how to get and to set its state."""
-    found = [(torch.get_rng_state, torch.set_rng_state)]
+    found: list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]] = [
+        (torch.get_rng_state, torch.set_rng_state)
+    ]
     if device.type != "cpu":
         of_device = torch.get_device_module(device)
         if hasattr(of_device, "get_rng_state"):
@@ -225,7 +227,8 @@ def generators(device: torch.device) -> list[tuple[Callable[[], torch.Tensor], C
 @contextlib.contextmanager
 def _whole_floats(device: torch.device) -> Iterator[None]:
     """Let CUDA multiply fp32 as fp32: TF32, which is usual for convolutions, rounds to 11 bits."""
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv] if device.type == "cuda" else []
+    backends: Any = torch.backends
+    settings = [backends.cuda.matmul, backends.cudnn.conv] if device.type == "cuda" else []
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

@@ -28,7 +28,7 @@ _SHARED: Final = (
 )
 """Modules of transformers that decide about positions, masks and caches of every model."""
 
-_OURS: Final = tuple(str(Path(package.__file__).parent) for package in (torch, transformers))
+_OURS: Final = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
 _STATIC_ROPES: Final = frozenset({None, "default", "linear", "yarn", "llama3", "proportional"})
 ROPES_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
 """Types of rotary embedding that depend on the total length."""
@@ -181,18 +181,20 @@ def _attentions(config: Any) -> set[str]:
 
 
 def _flags(config: Any) -> Iterator[tuple[str, Any]]:
-    usual = _defaults(type(config))
+    kind: Any = type(config)
+    usual = _defaults(kind)
     for name, value in vars(config).items():
         if isinstance(value, bool | str) and not _NO_KIND.fullmatch(name) and value != usual.get(name, value is None):
             yield name, value
 
 
 @functools.cache
-def _defaults(kind: type) -> Mapping[str, Any]:
+def _defaults(kind: Any) -> Mapping[str, Any]:
     try:
-        return vars(kind())
+        found: Mapping[str, Any] = vars(kind())
     except Exception:  # noqa: BLE001 - a config class that wants arguments has no defaults: every flag of it counts
         return {}
+    return found
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:

@@ -44,7 +44,7 @@ class Plan:
         outer, model = model, generating(model)
         reason = calls.reason_to_bypass(outer, config, asked)
         prompts = None if reason else calls.prompts_of(asked["input_ids"], mask)
-        kv = None if reason else calls.fresh_cache(model)
+        kv: Any = None if reason else calls.fresh_cache(model)
         kinds = calls.kinds_of(kv)
         if prompts is None or kinds is None:
             unclear = "a mask that is not zeros and then ones" if prompts is None else calls.UNKNOWN_KIND

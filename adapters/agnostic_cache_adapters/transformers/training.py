@@ -27,7 +27,8 @@ def _acts(module: torch.nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, _ALWAYS):
         return True
-    if not _asks(type(module)):
+    kind: Any = type(module)
+    if not _asks(kind):
         return False
     settings = list(_settings(module))
     return not settings or any(settings)
@@ -45,7 +46,7 @@ def _settings(module: torch.nn.Module) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _asks(kind: type) -> bool:
+def _asks(kind: Any) -> bool:
     """Whether a function of a class, or of one that it derives from, reads the training mode."""
     return any(
         "training" in code.co_names
