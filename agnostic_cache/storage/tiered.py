@@ -194,7 +194,9 @@ class TieredStorage(StorageBackend):
                 where |= dict.fromkeys(there, number)
             reach = next((i for i, key in enumerate(keys) if key not in where), len(keys))
             for number in range(len(self._tiers)):
-                found |= self._fetch(number, [key for key in keys[:reach] if where[key] == number])
+                # A tier may have evicted since what it had: the one below it is asked.
+                wanted = [key for key in keys[:reach] if key not in found and where[key] <= number]
+                found |= self._fetch(number, wanted)
         reach = next((i for i, key in enumerate(keys[:reach]) if key not in found), reach)
         return [found[key] for key in keys[:reach]]
 

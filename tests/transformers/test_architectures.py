@@ -39,7 +39,7 @@ KINDS = {
     "deepseek_v32": Kind(),  # with an indexer
     "deepseek_v4": Kind(),  # compressed attention
     "gemma3n_text": Kind(),  # layers that share a cache
-    "phi3": Kind(BYPASS, fields={"rope_parameters": LONGROPE}),
+    "phi3": Kind(fields={"rope_parameters": LONGROPE}),  # below the length at which its rope switches
     "qwen3_next": Kind(),  # recurrent and full attention
     "kimi_linear": Kind(),  # of another kind
     "falcon_h1": Kind(),  # both in one layer
