@@ -237,7 +237,7 @@ class Tier:
 
     def _work(self) -> None:
         while True:
-            self._wait(lambda: bool(self._tasks) or self._stopped, nested=False)
+            self._wait(lambda: bool(self._tasks) or self._stopped, nested=False, works=True)
             with self._lock:
                 if not self._tasks:
                     return
@@ -259,14 +259,15 @@ class Tier:
         """Wait until nothing waits; see `settle`."""
         self._wait(lambda: self.is_idle, nested=nested)
 
-    def _wait(self, until: Callable[[], bool], *, nested: bool) -> None:
+    def _wait(self, until: Callable[[], bool], *, nested: bool, works: bool = False) -> None:
         while True:
             gate = threading.Lock()  # not a Condition, which an interrupt may leave held
             gate.acquire()
             with self._lock:
                 if until():
                     return
-                if nested or (self._running and threading.current_thread() is self._thread):
+                # A finaliser may come on the thread that writes, between two tasks too: it would wait for itself.
+                if nested or (not works and threading.current_thread() is self._thread):
                     msg = "a finaliser called a storage that it had interrupted; have another thread call"
                     raise BusyError(msg)
                 self._gates.append(gate)
