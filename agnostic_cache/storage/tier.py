@@ -35,6 +35,10 @@ class TierStats(NamedTuple):
     seconds_per_blob: float | None
 
 
+class _Writer(threading.Thread):
+    """A thread that writes to a tier: it waits for no other."""
+
+
 class Tier:
     """One storage behind a queue, which one thread works off in order. What waits can be read already.
 
@@ -68,7 +72,7 @@ class Tier:
         self._bytes = 0  # that all of these hold
         self._running = False  # a task is
         self._stopped = False
-        self._thread: threading.Thread | None = None
+        self._thread: _Writer | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -231,7 +235,7 @@ class Tier:
         """Queue a task. The lock is held."""
         self._tasks.append(task)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="agnostic-cache tier", daemon=True)
+            self._thread = _Writer(target=self._work, name="agnostic-cache tier", daemon=True)
             self._thread.start()
         self._tell_changed()
 
@@ -266,8 +270,8 @@ class Tier:
             with self._lock:
                 if until():
                     return
-                # A finaliser may come on the thread that writes, between two tasks too: it would wait for itself.
-                if nested or (not works and threading.current_thread() is self._thread):
+                # A finaliser may come on a thread that writes, between two tasks too: it would wait for itself.
+                if nested or (not works and isinstance(threading.current_thread(), _Writer)):
                     msg = "a finaliser called a storage that it had interrupted; have another thread call"
                     raise BusyError(msg)
                 self._gates.append(gate)
