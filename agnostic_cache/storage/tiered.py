@@ -76,6 +76,9 @@ class TieredStorage(StorageBackend):
         """Bring nothing up: what did is the parent's."""
         self._calls = _Calls()
         self._lock = Lock()  # guards what follows; held for dict operations only
+        self._arriving: dict[
+            str, int
+        ] = {}  # puts under way, by key: what is read meanwhile may be older, and stays below
         self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
 
     # --- in -----------------------------------------------------------------------------------------------------------
@@ -88,23 +91,34 @@ class TieredStorage(StorageBackend):
         """
         check_key(key)
         with self._call() as nested:
-            first, *others = self._tiers
-            self._overtake(key, nested=nested)
-            status = first.storage.put(key, blob)
-            if not others:
-                return status
-            held = first.storage.get(key) if status is PutStatus.LEGAL else None
-            if held is None:  # refused by the first, or gone from it already
-                held = memoryview(b"".join(pieces_of(blob)[1]))
-            left_out = [first] if status is PutStatus.ILLEGAL else []
-            for number, tier in enumerate(others, start=1):
-                if not tier.put(key, held, wait=number in self._through):
-                    left_out.append(tier)
-            if len(left_out) == len(self._tiers):
-                return PutStatus.ILLEGAL
-            for tier in left_out:  # what it has under that key is old
-                tier.forget(key)
-            return PutStatus.LEGAL
+            with self._lock:
+                self._arriving[key] = self._arriving.get(key, 0) + 1
+            try:
+                self._overtake(key, nested=nested)
+                return self._put(key, blob)
+            finally:
+                with self._lock:
+                    self._arriving[key] -= 1
+                    if not self._arriving[key]:
+                        del self._arriving[key]
+
+    def _put(self, key: str, blob: Blob) -> PutStatus:
+        first, *others = self._tiers
+        status = first.storage.put(key, blob)
+        if not others:
+            return status
+        held = first.storage.get(key) if status is PutStatus.LEGAL else None
+        if held is None:  # refused by the first, or gone from it already
+            held = memoryview(b"".join(pieces_of(blob)[1]))
+        left_out = [first] if status is PutStatus.ILLEGAL else []
+        for number, tier in enumerate(others, start=1):
+            if not tier.put(key, held, wait=number in self._through):
+                left_out.append(tier)
+        if len(left_out) == len(self._tiers):
+            return PutStatus.ILLEGAL
+        for tier in left_out:  # what it has under that key is old
+            tier.forget(key)
+        return PutStatus.LEGAL
 
     def put_many(self, blobs: Mapping[str, Blob]) -> list[PutStatus]:
         """See `SupportsBatch.put_many`."""
@@ -124,7 +138,7 @@ class TieredStorage(StorageBackend):
         tier, bringer = self._tiers[number], object()
         if number:
             with self._lock:
-                self._coming.update(dict.fromkeys(keys, bringer))
+                self._coming.update({key: bringer for key in keys if key not in self._arriving})
         blobs = zip(keys, tier.get_many(keys), strict=True)
         found = {key: blob for key, blob in blobs if blob is not None}
         for key in keys if number else ():
