@@ -76,9 +76,7 @@ class TieredStorage(StorageBackend):
         """Bring nothing up: what did is the parent's."""
         self._calls = _Calls()
         self._lock = Lock()  # guards what follows; held for dict operations only
-        self._arriving: dict[
-            str, int
-        ] = {}  # puts under way, by key: what is read meanwhile may be older, and stays below
+        self._arriving: dict[str, int] = {}  # puts under way: what is read of their keys may be older, and stays below
         self._coming: dict[str, object] = {}  # keys that are being brought up, and by whom; a put takes that back
 
     # --- in -----------------------------------------------------------------------------------------------------------
